@@ -1,1 +1,3 @@
-//! Layer `monitor`.
+//! The sub-VMM of one VCPU: run loop, fault analysis, TLB fills, decoded code and its traces.
+
+pub mod interrupt;
