@@ -60,11 +60,12 @@ pub trait Environment {
 
     /// Performs an access to RAM that traces may cover. `perform` is called exactly once unless
     /// `Err(Restart)` is returned, then not at all. After a write the caller ends its block: the
-    /// code that it executes may have changed.
+    /// code that it executes may have changed. `rip` is the accessing instruction's address, for
+    /// reports.
     fn sensed(
         &mut self,
-        cpu: &CpuState,
         tlb: &mut Tlb,
+        rip: u64,
         spans: &[Span],
         access: Access,
         perform: &mut dyn FnMut(),
@@ -74,8 +75,8 @@ pub trait Environment {
     /// page.
     fn exclusive(
         &mut self,
-        cpu: &CpuState,
         tlb: &mut Tlb,
+        rip: u64,
         spans: &[Span],
         perform: &mut dyn FnMut(),
     ) -> Result<(), Restart>;

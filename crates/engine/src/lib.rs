@@ -9,6 +9,8 @@
 //! pointer through the [`tlb`], or goes the slow way (page crossing, sensed page, device register)
 //! through the [`env::Environment`], which the layer above implements.
 
+pub mod access;
 pub mod env;
 pub mod native;
+pub mod step;
 pub mod tlb;

@@ -1,0 +1,575 @@
+//! Memory accesses of guest instructions: from a linear address to a host pointer.
+//!
+//! The fast way is a TLB hit within one page. Everything else is one of: a miss (the environment
+//! walks), two pages, a sensed page (the environment brackets the access), device registers, an
+//! armed debug register. An access that faults has had no effect on memory.
+#![allow(unsafe_code)]
+
+use trapline_x86::control::{dr6, dr7};
+use trapline_x86::{CpuState, Exception};
+
+use crate::env::{Backing, Environment, Restart, Span, Translation};
+use crate::tlb::{Access, Privilege, Tlb};
+
+const PAGE: u64 = 4096;
+/// The largest operand that goes through the bounce buffer.
+pub const LARGEST_OPERAND: usize = 512;
+
+/// Why an instruction did not complete. Its registers are as before it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fault {
+    Exception(Exception),
+    /// Start the instruction again.
+    Restart,
+}
+
+impl From<Exception> for Fault {
+    fn from(e: Exception) -> Self {
+        Self::Exception(e)
+    }
+}
+impl From<Restart> for Fault {
+    fn from(_: Restart) -> Self {
+        Self::Restart
+    }
+}
+
+/// What a native operand access does to memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OperandAccess {
+    Read,
+    Write,
+    ReadWrite,
+}
+
+#[repr(C, align(64))]
+struct Bounce([u8; LARGEST_OPERAND + 64]);
+
+/// One VCPU's processor while it executes: its registers, its TLB and what lies around it.
+pub struct Core<'a, E: Environment> {
+    pub cpu: &'a mut CpuState,
+    pub tlb: &'a mut Tlb,
+    pub env: &'a mut E,
+    /// The block must not go on after this instruction: a sensed write may have changed it.
+    pub leave_block: bool,
+    /// Data breakpoints that accesses of this instruction have hit, as DR6 bits.
+    pub data_breakpoints: u64,
+    bounce: Bounce,
+}
+
+/// One page's part of an access.
+#[derive(Clone, Copy)]
+struct Piece {
+    translation: Translation,
+    len: usize,
+}
+
+impl Piece {
+    fn span(&self) -> Span {
+        Span { gpa: self.translation.gpa, len: self.len as u32 }
+    }
+    fn host(&self) -> Option<*mut u8> {
+        match self.translation.backing {
+            Backing::Ram(p) | Backing::Sensed(p) => Some(p),
+            Backing::Device => None,
+        }
+    }
+    fn is_sensed(&self) -> bool {
+        matches!(self.translation.backing, Backing::Sensed(_))
+    }
+}
+
+/// The one or two pages of an access.
+struct Pieces {
+    first: Piece,
+    second: Option<Piece>,
+}
+
+impl<'a, E: Environment> Core<'a, E> {
+    pub fn new(cpu: &'a mut CpuState, tlb: &'a mut Tlb, env: &'a mut E) -> Self {
+        Self {
+            cpu,
+            tlb,
+            env,
+            leave_block: false,
+            data_breakpoints: 0,
+            bounce: Bounce([0; LARGEST_OPERAND + 64]),
+        }
+    }
+
+    /// The host address of `linear` if the TLB allows `access` directly and `len` bytes stay on
+    /// the page.
+    #[inline(always)]
+    pub fn fast(&self, linear: u64, len: usize, privilege: Privilege, access: Access) -> Option<*mut u8> {
+        if (linear & (PAGE - 1)) as usize + len > PAGE as usize {
+            return None;
+        }
+        if self.cpu.dr7 & dr7::ENABLES != 0 {
+            return None;
+        }
+        self.tlb
+            .lookup(linear, privilege, access)
+            .map(|entry| entry.addend.wrapping_add(linear) as *mut u8)
+    }
+
+    /// Translates one address: TLB, then the environment.
+    pub fn translate(
+        &mut self,
+        linear: u64,
+        privilege: Privilege,
+        access: Access,
+    ) -> Result<Translation, Exception> {
+        if let Some(entry) = self.tlb.lookup(linear, privilege, access) {
+            let host = entry.addend.wrapping_add(linear) as *mut u8;
+            let gpa = entry.gpa | (linear & (PAGE - 1));
+            return Ok(Translation { gpa, backing: Backing::Ram(host) });
+        }
+        self.env.translate(self.cpu, self.tlb, linear, privilege, access)
+    }
+
+    fn pieces(
+        &mut self,
+        linear: u64,
+        len: usize,
+        privilege: Privilege,
+        access: Access,
+    ) -> Result<Pieces, Exception> {
+        let room = (PAGE - (linear & (PAGE - 1))) as usize;
+        let first_len = len.min(room);
+        if len <= room {
+            let translation = self.translate(linear, privilege, access)?;
+            return Ok(Pieces { first: Piece { translation, len }, second: None });
+        }
+        let next = self.wrap(linear.wrapping_add(first_len as u64));
+        let first = self.translate(linear, privilege, access)?;
+        let second = self.translate(next, privilege, access)?;
+        Ok(Pieces {
+            first: Piece { translation: first, len: first_len },
+            second: Some(Piece { translation: second, len: len - first_len }),
+        })
+    }
+
+    /// Linear addresses are 32 bits wide outside long mode.
+    #[inline]
+    pub fn wrap(&self, linear: u64) -> u64 {
+        if self.cpu.long_mode() { linear } else { linear & 0xffff_ffff }
+    }
+
+    /// Notes the data breakpoints (DR7) that an access hits; reported after the instruction.
+    fn note_breakpoints(&mut self, linear: u64, len: usize, access: Access) {
+        let control = self.cpu.dr7;
+        if control & dr7::ENABLES == 0 {
+            return;
+        }
+        for i in 0..4 {
+            if control >> (2 * i) & 3 == 0 {
+                continue;
+            }
+            let kind = control >> (16 + 4 * i) & 3;
+            let hit_kind = match access {
+                Access::Read => kind == 3,
+                Access::Write => kind == 1 || kind == 3,
+                Access::Fetch => false,
+            };
+            let size = [1, 2, 8, 4][(control >> (18 + 4 * i) & 3) as usize];
+            let lo = self.cpu.dr[i] & !(size - 1);
+            if hit_kind && linear < lo.wrapping_add(size) && lo < linear.wrapping_add(len as u64) {
+                self.data_breakpoints |= (1 << i) & dr6::B;
+            }
+        }
+    }
+
+    fn read_piece(&mut self, piece: Piece, data: &mut [u8]) -> Result<(), Fault> {
+        match piece.translation.backing {
+            Backing::Ram(host) => {
+                // SAFETY: the translation covers `piece.len` bytes of guest RAM, which stays
+                // mapped while VCPUs run; other VCPUs may write it, as on hardware.
+                unsafe { copy_from_guest(host, data) };
+                Ok(())
+            }
+            Backing::Sensed(host) => {
+                let rip = self.cpu.rip;
+                self.env.sensed(self.tlb, rip, &[piece.span()], Access::Read, &mut || {
+                    // SAFETY: as above.
+                    unsafe { copy_from_guest(host, data) };
+                })?;
+                Ok(())
+            }
+            Backing::Device => {
+                self.env.device_read(piece.translation.gpa, data);
+                Ok(())
+            }
+        }
+    }
+
+    /// Reads `data.len()` bytes (at most a page).
+    pub fn read_bytes(
+        &mut self,
+        linear: u64,
+        data: &mut [u8],
+        privilege: Privilege,
+    ) -> Result<(), Fault> {
+        let linear = self.wrap(linear);
+        let pieces = self.pieces(linear, data.len(), privilege, Access::Read)?;
+        self.note_breakpoints(linear, data.len(), Access::Read);
+        let (head, tail) = data.split_at_mut(pieces.first.len);
+        self.read_piece(pieces.first, head)?;
+        match pieces.second {
+            Some(piece) => self.read_piece(piece, tail),
+            None => Ok(()),
+        }
+    }
+
+    /// Writes `data` (at most a page): all of it or, on a fault, nothing.
+    pub fn write_bytes(
+        &mut self,
+        linear: u64,
+        data: &[u8],
+        privilege: Privilege,
+    ) -> Result<(), Fault> {
+        let linear = self.wrap(linear);
+        let pieces = self.pieces(linear, data.len(), privilege, Access::Write)?;
+        self.commit(linear, &pieces, data)
+    }
+
+    /// As [`Self::write_bytes`] for an instruction that cannot be started again, because it has
+    /// already had an effect elsewhere (a port was read): the write itself is repeated.
+    pub fn write_bytes_committed(
+        &mut self,
+        linear: u64,
+        data: &[u8],
+        privilege: Privilege,
+    ) -> Result<(), Exception> {
+        loop {
+            match self.write_bytes(linear, data, privilege) {
+                Ok(()) => return Ok(()),
+                Err(Fault::Exception(e)) => return Err(e),
+                Err(Fault::Restart) => {}
+            }
+        }
+    }
+
+    /// Whether a write of `len` bytes would be permitted; sets accessed and dirty bits.
+    pub fn probe_write(&mut self, linear: u64, len: usize, privilege: Privilege) -> Result<(), Exception> {
+        let linear = self.wrap(linear);
+        self.pieces(linear, len, privilege, Access::Write).map(|_| ())
+    }
+
+    fn commit(&mut self, linear: u64, pieces: &Pieces, data: &[u8]) -> Result<(), Fault> {
+        let (head, tail) = data.split_at(pieces.first.len);
+        let parts = [Some((pieces.first, head)), pieces.second.map(|p| (p, tail))];
+        let mut spans = [pieces.first.span(); 2];
+        let mut sensed = 0;
+        for (piece, _) in parts.iter().flatten() {
+            if piece.is_sensed() {
+                spans[sensed] = piece.span();
+                sensed += 1;
+            }
+        }
+        let mut write_ram = || {
+            for (piece, bytes) in parts.iter().flatten() {
+                if let Some(host) = piece.host() {
+                    // SAFETY: as in `read_piece`, for a page that may be written.
+                    unsafe { copy_to_guest(host, bytes) };
+                }
+            }
+        };
+        if sensed == 0 {
+            write_ram();
+        } else {
+            self.leave_block = true;
+            let rip = self.cpu.rip;
+            self.env.sensed(self.tlb, rip, &spans[..sensed], Access::Write, &mut write_ram)?;
+        }
+        for (piece, bytes) in parts.iter().flatten() {
+            if piece.host().is_none() {
+                self.env.device_write(piece.translation.gpa, bytes);
+            }
+        }
+        self.note_breakpoints(linear, data.len(), Access::Write);
+        Ok(())
+    }
+
+    /// Runs `perform` with a host pointer to the operand at `linear`: on guest memory itself where
+    /// it lies in one page of RAM, else on a copy. `perform` may fail with a host exception
+    /// vector, having changed nothing; the guest then gets that exception.
+    ///
+    /// # Errors
+    /// What the translation, the traces or the instruction raise.
+    pub fn with_operand(
+        &mut self,
+        linear: u64,
+        len: usize,
+        access: OperandAccess,
+        locked: bool,
+        perform: &mut dyn FnMut(&mut CpuState, *mut u8) -> Result<(), u8>,
+    ) -> Result<(), Fault> {
+        let linear = self.wrap(linear);
+        let privilege = Privilege::of_data(self.cpu);
+        let kind = if access == OperandAccess::Read { Access::Read } else { Access::Write };
+        if let Some(host) = self.fast(linear, len, privilege, kind) {
+            return perform(self.cpu, host).map_err(host_fault);
+        }
+        self.with_operand_slow(linear, len, access, kind, locked, perform)
+    }
+
+    #[cold]
+    fn with_operand_slow(
+        &mut self,
+        linear: u64,
+        len: usize,
+        access: OperandAccess,
+        kind: Access,
+        locked: bool,
+        perform: &mut dyn FnMut(&mut CpuState, *mut u8) -> Result<(), u8>,
+    ) -> Result<(), Fault> {
+        let privilege = Privilege::of_data(self.cpu);
+        let pieces = self.pieces(linear, len, privilege, kind)?;
+        let rip = self.cpu.rip;
+        if let (None, Some(host)) = (pieces.second, pieces.first.host()) {
+            // One page of RAM: run on the memory itself, so that the access is as atomic as the
+            // processor makes it.
+            let mut result = Ok(());
+            if pieces.first.is_sensed() {
+                self.leave_block |= kind == Access::Write;
+                let cpu = &mut *self.cpu;
+                self.env.sensed(self.tlb, rip, &[pieces.first.span()], kind, &mut || {
+                    result = perform(cpu, host);
+                })?;
+            } else {
+                result = perform(self.cpu, host);
+            }
+            result.map_err(host_fault)?;
+            self.note_breakpoints(linear, len, kind);
+            return Ok(());
+        }
+        if len > LARGEST_OPERAND {
+            return Err(Exception::general_protection(0).into());
+        }
+        if let (true, Some(second), Some(a), Some(b)) = (
+            locked,
+            pieces.second,
+            pieces.first.host(),
+            pieces.second.and_then(|p| p.host()),
+        ) {
+            return self.split_lock(linear, &pieces, second, a, b, perform);
+        }
+        // Keep the operand's alignment: the processor checks it for some instructions.
+        let offset = (linear & 63) as usize;
+        let mut copy = std::mem::replace(&mut self.bounce, Bounce([0; LARGEST_OPERAND + 64]));
+        let bytes = &mut copy.0[offset..offset + len];
+        let result = (|| {
+            if access != OperandAccess::Write || pieces.second.is_some() {
+                let (head, tail) = bytes.split_at_mut(pieces.first.len);
+                if access != OperandAccess::Write {
+                    self.read_piece(pieces.first, head)?;
+                    if let Some(piece) = pieces.second {
+                        self.read_piece(piece, tail)?;
+                    }
+                }
+            }
+            if access == OperandAccess::Read {
+                perform(self.cpu, bytes.as_mut_ptr()).map_err(host_fault)?;
+                self.note_breakpoints(linear, len, kind);
+                return Ok(());
+            }
+            // The instruction's effect on registers must be undone if the write has to restart.
+            let before = self.cpu.clone();
+            perform(self.cpu, bytes.as_mut_ptr()).map_err(host_fault)?;
+            self.commit(linear, &pieces, bytes).inspect_err(|_| *self.cpu = before)
+        })();
+        self.bounce = copy;
+        result
+    }
+
+    /// A locked access to two pages of RAM: on hardware the bus is locked; here every other VCPU
+    /// waits.
+    fn split_lock(
+        &mut self,
+        linear: u64,
+        pieces: &Pieces,
+        second: Piece,
+        a: *mut u8,
+        b: *mut u8,
+        perform: &mut dyn FnMut(&mut CpuState, *mut u8) -> Result<(), u8>,
+    ) -> Result<(), Fault> {
+        let offset = (linear & 63) as usize;
+        let (first_len, len) = (pieces.first.len, pieces.first.len + second.len);
+        let mut copy = Bounce([0; LARGEST_OPERAND + 64]);
+        let mut result = Ok(());
+        let cpu = &mut *self.cpu;
+        let rip = cpu.rip;
+        self.leave_block = true;
+        self.env.exclusive(
+            self.tlb,
+            rip,
+            &[pieces.first.span(), second.span()],
+            &mut || {
+                let bytes = &mut copy.0[offset..offset + len];
+                let (head, tail) = bytes.split_at_mut(first_len);
+                // SAFETY: both pieces are guest RAM of these lengths.
+                unsafe {
+                    copy_from_guest(a, head);
+                    copy_from_guest(b, tail);
+                }
+                result = perform(cpu, bytes.as_mut_ptr());
+                if result.is_ok() {
+                    let (head, tail) = bytes.split_at(first_len);
+                    // SAFETY: as above.
+                    unsafe {
+                        copy_to_guest(a, head);
+                        copy_to_guest(b, tail);
+                    }
+                }
+            },
+        )?;
+        result.map_err(host_fault)?;
+        self.note_breakpoints(linear, len, Access::Write);
+        Ok(())
+    }
+
+    /// Reads a little-endian value of `N` bytes.
+    #[inline(always)]
+    pub fn read<const N: usize>(&mut self, linear: u64, privilege: Privilege) -> Result<u64, Fault> {
+        let linear = self.wrap(linear);
+        if let Some(host) = self.fast(linear, N, privilege, Access::Read) {
+            // SAFETY: a TLB hit within a page is readable guest RAM.
+            return Ok(unsafe { load::<N>(host) });
+        }
+        let mut bytes = [0; 8];
+        self.read_bytes(linear, &mut bytes[..N], privilege)?;
+        Ok(u64::from_le_bytes(bytes))
+    }
+
+    /// Writes the low `N` bytes of `value`.
+    #[inline(always)]
+    pub fn write<const N: usize>(
+        &mut self,
+        linear: u64,
+        value: u64,
+        privilege: Privilege,
+    ) -> Result<(), Fault> {
+        let linear = self.wrap(linear);
+        if let Some(host) = self.fast(linear, N, privilege, Access::Write) {
+            // SAFETY: a TLB hit within a page is writable guest RAM.
+            unsafe { store::<N>(host, value) };
+            return Ok(());
+        }
+        self.write_bytes(linear, &value.to_le_bytes()[..N], privilege)
+    }
+
+    /// Reads `size` (1, 2, 4 or 8) bytes.
+    pub fn read_sized(&mut self, linear: u64, size: usize, privilege: Privilege) -> Result<u64, Fault> {
+        match size {
+            1 => self.read::<1>(linear, privilege),
+            2 => self.read::<2>(linear, privilege),
+            4 => self.read::<4>(linear, privilege),
+            _ => self.read::<8>(linear, privilege),
+        }
+    }
+
+    /// Writes `size` (1, 2, 4 or 8) bytes.
+    pub fn write_sized(
+        &mut self,
+        linear: u64,
+        size: usize,
+        value: u64,
+        privilege: Privilege,
+    ) -> Result<(), Fault> {
+        match size {
+            1 => self.write::<1>(linear, value, privilege),
+            2 => self.write::<2>(linear, value, privilege),
+            4 => self.write::<4>(linear, value, privilege),
+            _ => self.write::<8>(linear, value, privilege),
+        }
+    }
+}
+
+fn host_fault(vector: u8) -> Fault {
+    Fault::Exception(Exception::from_host_vector(vector).unwrap_or(Exception::general_protection(0)))
+}
+
+/// Loads that the guest's other processors may race with: volatile and, where aligned, one access
+/// of the full size, as the processor guarantees.
+///
+/// # Safety
+/// `host` must point to `N` readable bytes.
+#[inline(always)]
+unsafe fn load<const N: usize>(host: *const u8) -> u64 {
+    // SAFETY: the caller vouches for the bytes; x86 allows unaligned loads, and the packed
+    // wrapper tells the compiler.
+    unsafe {
+        match N {
+            1 => u64::from(host.read_volatile()),
+            2 => u64::from((host as *const Unaligned<u16>).read_volatile().0),
+            4 => u64::from((host as *const Unaligned<u32>).read_volatile().0),
+            _ => (host as *const Unaligned<u64>).read_volatile().0,
+        }
+    }
+}
+
+/// # Safety
+/// `host` must point to `N` writable bytes.
+#[inline(always)]
+unsafe fn store<const N: usize>(host: *mut u8, value: u64) {
+    // SAFETY: as in `load`.
+    unsafe {
+        match N {
+            1 => host.write_volatile(value as u8),
+            2 => (host as *mut Unaligned<u16>).write_volatile(Unaligned(value as u16)),
+            4 => (host as *mut Unaligned<u32>).write_volatile(Unaligned(value as u32)),
+            _ => (host as *mut Unaligned<u64>).write_volatile(Unaligned(value)),
+        }
+    }
+}
+
+#[derive(Clone, Copy)]
+#[repr(C, packed)]
+struct Unaligned<T>(T);
+
+/// Copies from guest RAM. Sizes that the processor accesses at once are read at once.
+///
+/// # Safety
+/// `host` must point to `data.len()` readable bytes of guest RAM.
+unsafe fn copy_from_guest(host: *const u8, data: &mut [u8]) {
+    // SAFETY: the caller vouches for the bytes; `data` is host memory, so they do not overlap.
+    unsafe {
+        match data.len() {
+            1 | 2 | 4 | 8 => {
+                let value = match data.len() {
+                    1 => load::<1>(host),
+                    2 => load::<2>(host),
+                    4 => load::<4>(host),
+                    _ => load::<8>(host),
+                };
+                let n = data.len();
+                data.copy_from_slice(&value.to_le_bytes()[..n]);
+            }
+            n => std::ptr::copy_nonoverlapping(host, data.as_mut_ptr(), n),
+        }
+    }
+}
+
+/// Copies to guest RAM.
+///
+/// # Safety
+/// `host` must point to `data.len()` writable bytes of guest RAM.
+unsafe fn copy_to_guest(host: *mut u8, data: &[u8]) {
+    let mut value = [0; 8];
+    // SAFETY: the caller vouches for the bytes; `data` is host memory, so they do not overlap.
+    unsafe {
+        match data.len() {
+            n @ (1 | 2 | 4 | 8) => {
+                value[..n].copy_from_slice(data);
+                let value = u64::from_le_bytes(value);
+                match n {
+                    1 => store::<1>(host, value),
+                    2 => store::<2>(host, value),
+                    4 => store::<4>(host, value),
+                    _ => store::<8>(host, value),
+                }
+            }
+            n => std::ptr::copy_nonoverlapping(data.as_ptr(), host, n),
+        }
+    }
+}
