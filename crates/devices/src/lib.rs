@@ -1,1 +1,39 @@
-//! Layer `devices`.
+//! Layer `devices`: interrupt controllers, timers, the serial line and the firmware's tables of a
+//! PC that Linux boots on without a BIOS.
+//!
+//! # Locks
+//! Every device locks itself; callers come from any thread without a lock of this crate. While
+//! holding its lock a device may call only downward in this list:
+//!
+//! 1. serial line, PIT, CMOS clock, power management (call the interrupt lines and their timer)
+//! 2. [`pic::Pic`] and [`io_apic::IoApic`], never one while holding the other (call local APICs)
+//! 3. local APICs: requests, LINT pins and registers are atomics and lock nothing; only the local
+//!    timer has a lock, under which it posts to its own APIC
+//! 4. the timer service's queue
+//! 5. [`VcpuSignals`](trapline_monitor::interrupt::VcpuSignals), implemented above, must not call
+//!    back into devices.
+//!
+//! The three ways up hold nothing: an EOI goes from a local APIC to the I/O APIC, the
+//! acknowledgement of an external interrupt goes to the PIC, and the timer service calls its
+//! targets, each without any lock. [`events::SystemEvents`] is called without a device's lock.
+
+pub mod clock;
+pub mod events;
+pub mod mmio;
+pub mod port;
+pub mod timer;
+
+/// Why a device was not put on a bus.
+#[derive(Debug, thiserror::Error)]
+pub enum BusError {
+    #[error("port {port:#x} already belongs to a device; give the new device other ports")]
+    PortClaimed { port: u16 },
+    #[error("the port bus holds at most 255 devices; leave one out")]
+    TooManyDevices,
+    #[error("{name}'s registers at {start:#x}..{end:#x} are empty or overlap another device's")]
+    RangeClaimed {
+        name: &'static str,
+        start: u64,
+        end: u64,
+    },
+}
