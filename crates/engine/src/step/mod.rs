@@ -2,6 +2,7 @@
 
 use crate::access::Fault;
 
+pub mod address;
 pub mod events;
 
 /// What follows an instruction that completed.
