@@ -19,6 +19,7 @@
 
 pub mod clock;
 pub mod events;
+pub mod local_apic;
 pub mod mmio;
 pub mod port;
 pub mod timer;
@@ -36,4 +37,12 @@ pub enum BusError {
         start: u64,
         end: u64,
     },
+}
+
+/// Locks, also after a panic of another thread: a device's state is consistent between any two of
+/// its statements that can panic.
+pub(crate) fn lock<T: ?Sized>(mutex: &std::sync::Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex
+        .lock()
+        .unwrap_or_else(std::sync::PoisonError::into_inner)
 }
