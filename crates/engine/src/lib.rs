@@ -10,6 +10,7 @@
 //! through the [`env::Environment`], which the layer above implements.
 
 pub mod access;
+pub mod decode;
 pub mod env;
 pub mod native;
 pub mod step;

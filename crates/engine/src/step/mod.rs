@@ -3,6 +3,13 @@
 use crate::access::Fault;
 
 pub mod address;
+mod strings;
+pub mod stack;
+pub mod run;
+mod masked;
+mod host;
+pub mod control;
+mod bits;
 pub mod events;
 
 /// What follows an instruction that completed.
@@ -21,3 +28,8 @@ pub enum Flow {
 
 /// The result of one instruction.
 pub type Executed = Result<Flow, Fault>;
+
+/// Stub until the system instructions land.
+pub fn handles(_i: &iced_x86::Instruction) -> bool { false }
+/// Stub.
+pub fn execute<E: crate::env::Environment>(_c: &mut crate::access::Core<'_, E>, _i: &iced_x86::Instruction) -> Executed { Err(trapline_x86::Exception::invalid_opcode().into()) }

@@ -1,0 +1,268 @@
+//! Vector instructions that access only some elements of memory: masked loads and stores, gathers,
+//! scatters and MASKMOV. Elements that the mask disables are not accessed, so they do not fault
+//! (SDM vol. 1, 15.6.4; vol. 2, "VMASKMOV", "VPGATHERDD").
+
+use iced_x86::{EncodingKind, Instruction, Mnemonic, OpKind as Operand, Register};
+use trapline_x86::{Exception, Gpr, Mode, SegmentRegister};
+
+use super::{Executed, Flow, address, run};
+use crate::access::{Core, Fault, OperandAccess};
+use crate::decode::Op;
+use crate::env::Environment;
+use crate::tlb::{Access, Privilege};
+
+/// The largest vector in bytes.
+const VECTOR: usize = 64;
+
+/// A buffer with the alignment that the widest vector instruction may check.
+#[repr(align(64))]
+struct Buffer([u8; 2 * VECTOR]);
+
+/// Which bytes of the memory operand the instruction accesses, one bit each.
+fn active_bytes<E: Environment>(core: &Core<'_, E>, op: &Op) -> u64 {
+    let i = &op.instruction;
+    let size = usize::from(op.memory_size).min(VECTOR);
+    let whole = if size == 64 { u64::MAX } else { (1 << size) - 1 };
+    if i.op_mask() == Register::None {
+        // VMASKMOV: the top bit of each element of the first source.
+        let mask = &core.cpu.vector.zmm[i.op1_register().number()].0;
+        let mask = if i.op0_kind() == Operand::Memory || i.op2_kind() == Operand::Memory {
+            mask
+        } else {
+            return whole;
+        };
+        let element = match i.mnemonic() {
+            Mnemonic::Vmaskmovpd | Mnemonic::Vpmaskmovq => 8,
+            _ => 4,
+        };
+        return (0..size / element)
+            .filter(|n| mask[(n + 1) * element - 1] & 0x80 != 0)
+            .fold(0, |bits, n| bits | ((1 << element) - 1) << (n * element));
+    }
+    let k = core.cpu.vector.k[i.op_mask().number()];
+    let element = if i.is_broadcast() { size } else { i.memory_size().element_size().max(1) };
+    let vector = (0..i.op_count())
+        .filter(|&n| i.op_kind(n) == Operand::Register && i.op_register(n).is_vector_register())
+        .map(|n| i.op_register(n).size())
+        .max()
+        .unwrap_or(VECTOR);
+    if i.is_broadcast() {
+        let elements = (vector / element).max(1);
+        let used = if elements == 64 { u64::MAX } else { (1 << elements) - 1 };
+        return if k & used != 0 { whole } else { 0 };
+    }
+    let elements = size / element;
+    let used = if elements >= 64 { k } else { k & ((1 << elements) - 1) };
+    let compressed = matches!(
+        i.mnemonic(),
+        Mnemonic::Vpcompressb
+            | Mnemonic::Vpcompressw
+            | Mnemonic::Vpcompressd
+            | Mnemonic::Vpcompressq
+            | Mnemonic::Vcompressps
+            | Mnemonic::Vcompresspd
+            | Mnemonic::Vpexpandb
+            | Mnemonic::Vpexpandw
+            | Mnemonic::Vpexpandd
+            | Mnemonic::Vpexpandq
+            | Mnemonic::Vexpandps
+            | Mnemonic::Vexpandpd
+    );
+    let used = if compressed {
+        let n = used.count_ones();
+        if n == 64 { u64::MAX } else { (1 << n) - 1 }
+    } else {
+        used
+    };
+    if element == 1 {
+        return used;
+    }
+    (0..elements.min(64))
+        .filter(|n| used >> n & 1 != 0)
+        .fold(0, |bits, n| bits | ((1u64 << element) - 1) << (n * element))
+}
+
+/// Executes a native instruction whose memory operand is masked. Where all of the operand can be
+/// accessed directly this is like any other; otherwise the active bytes are accessed one by one.
+pub fn native_masked<E: Environment>(
+    core: &mut Core<'_, E>,
+    op: &Op,
+    access: OperandAccess,
+) -> Executed {
+    let i = &op.instruction;
+    let size = usize::from(op.memory_size);
+    let kind = if access == OperandAccess::Read { Access::Read } else { Access::Write };
+    let start = address::linear_at(core, i, 0, 1, kind)?;
+    let Some(thunk) = op.thunk else {
+        return Err(Exception::invalid_opcode().into());
+    };
+    let privilege = Privilege::of_data(core.cpu);
+    if let Some(host) = core.fast(start, size, privilege, kind) {
+        run::call(thunk, core.cpu, host).map_err(run::host_exception)?;
+        return Ok(Flow::Next);
+    }
+    let active = active_bytes(core, op);
+    let mut buffer = Buffer([0; 2 * VECTOR]);
+    let offset = (start & 63) as usize;
+    let runs = runs(active);
+    for &(at, len) in &runs {
+        let linear = address::linear_at(core, i, at as u64, len, kind)?;
+        if access != OperandAccess::Read {
+            core.probe_write(linear, len, privilege)?;
+        }
+        core.read_bytes(linear, &mut buffer.0[offset + at..offset + at + len], privilege)?;
+    }
+    let before = core.cpu.clone();
+    run::call(thunk, core.cpu, buffer.0[offset..].as_mut_ptr()).map_err(run::host_exception)?;
+    if access != OperandAccess::Read {
+        for &(at, len) in &runs {
+            let linear = address::linear_at(core, i, at as u64, len, kind)?;
+            let data = &buffer.0[offset + at..offset + at + len];
+            core.write_bytes(linear, data, privilege).inspect_err(|_| *core.cpu = before.clone())?;
+        }
+    }
+    Ok(Flow::Next)
+}
+
+/// Runs of set bits as (start, length).
+fn runs(mut bits: u64) -> Vec<(usize, usize)> {
+    let mut out = Vec::new();
+    let mut at = 0;
+    while bits != 0 {
+        let skip = bits.trailing_zeros() as usize;
+        bits >>= skip;
+        let len = bits.trailing_ones() as usize;
+        out.push((at + skip, len));
+        at += skip + len;
+        bits = if len == 64 { 0 } else { bits >> len };
+    }
+    out
+}
+
+/// VGATHER, VPGATHER, VSCATTER and VPSCATTER. A fault leaves the elements before it done and their
+/// mask bits clear, as the manual allows and restarting needs.
+pub fn gather_or_scatter<E: Environment>(core: &mut Core<'_, E>, op: &Op) -> Executed {
+    let i = &op.instruction;
+    let scatter = i.op0_kind() == Operand::Memory;
+    let vector = if scatter { i.op1_register() } else { i.op0_register() };
+    let index = i.memory_index();
+    let evex = i.encoding() == EncodingKind::EVEX;
+    let mask = if evex { i.op_mask() } else { i.op2_register() };
+    if !vector.is_vector_register() || mask == Register::None {
+        return Err(Exception::invalid_opcode().into());
+    }
+    let same = |a: Register, b: Register| a.full_register() == b.full_register();
+    if !scatter && (same(vector, index) || (!evex && (same(vector, mask) || same(index, mask)))) {
+        return Err(Exception::invalid_opcode().into());
+    }
+    let element = i.memory_size().size().clamp(4, 8);
+    let index_size = if i.is_vsib64() { 8 } else { 4 };
+    let count = (vector.size() / element).min(index.size() / index_size);
+    let privilege = Privilege::of_data(core.cpu);
+    let access = if scatter { Access::Write } else { Access::Read };
+    for n in 0..count {
+        let enabled = if evex {
+            core.cpu.vector.k[mask.number()] >> n & 1 != 0
+        } else {
+            core.cpu.vector.zmm[mask.number()].0[(n + 1) * element - 1] & 0x80 != 0
+        };
+        if !enabled {
+            continue;
+        }
+        let bytes = &core.cpu.vector.zmm[index.number()].0[n * index_size..(n + 1) * index_size];
+        let offset = if index_size == 4 {
+            i64::from(i32::from_le_bytes(bytes.try_into().unwrap_or_default()))
+        } else {
+            i64::from_le_bytes(bytes.try_into().unwrap_or_default())
+        };
+        let offset = (offset as u64).wrapping_mul(u64::from(i.memory_index_scale()));
+        let linear = address::linear_at(core, i, offset, element, access)?;
+        let slot = n * element..(n + 1) * element;
+        let mut data = [0; 8];
+        if scatter {
+            data[..element].copy_from_slice(&core.cpu.vector.zmm[vector.number()].0[slot]);
+            core.write_bytes(linear, &data[..element], privilege)?;
+        } else {
+            core.read_bytes(linear, &mut data[..element], privilege)?;
+            core.cpu.vector.zmm[vector.number()].0[slot].copy_from_slice(&data[..element]);
+        }
+        if evex {
+            core.cpu.vector.k[mask.number()] &= !(1 << n);
+        } else {
+            core.cpu.vector.zmm[mask.number()].0[n * element..(n + 1) * element].fill(0);
+        }
+    }
+    if evex {
+        core.cpu.vector.k[mask.number()] = 0;
+    } else {
+        core.cpu.vector.zmm[mask.number()].0.fill(0);
+    }
+    if !scatter {
+        core.cpu.vector.zmm[vector.number()].0[count * element..].fill(0);
+    }
+    Ok(Flow::Next)
+}
+
+/// MASKMOVQ and MASKMOVDQU: stores the bytes whose mask byte has its top bit set to DS:rDI.
+pub fn mask_move<E: Environment>(core: &mut Core<'_, E>, i: &Instruction) -> Executed {
+    // The implicit memory operand is operand 0; source and mask are the last two.
+    let (data, mask) = (i.op1_register(), i.op2_register());
+    let (data, mask, size) = if data.is_mm() {
+        // ST0 to ST7 in an FXSAVE image hold the MMX registers in their first 8 bytes.
+        let mm = |r: Register| {
+            let at = 32 + 16 * r.number();
+            let mut bytes = [0; 16];
+            bytes[..8].copy_from_slice(&core.cpu.vector.x87.0[at..at + 8]);
+            bytes
+        };
+        (mm(data), mm(mask), 8)
+    } else {
+        let xmm = |r: Register| {
+            let mut bytes = [0; 16];
+            bytes.copy_from_slice(&core.cpu.vector.zmm[r.number()].0[..16]);
+            bytes
+        };
+        (xmm(data), xmm(mask), 16)
+    };
+    let bits = match i.op0_kind() {
+        Operand::MemorySegDI => 16,
+        Operand::MemorySegEDI => 32,
+        _ => 64,
+    };
+    let wrap = if bits == 64 { u64::MAX } else { (1 << bits) - 1 };
+    let segment = if i.segment_prefix() == Register::None {
+        SegmentRegister::Ds
+    } else {
+        address::segment_register(i.segment_prefix())
+    };
+    let privilege = Privilege::of_data(core.cpu);
+    let base = core.cpu.gpr(Gpr::Rdi);
+    let places: Vec<(u64, u8)> = (0..size)
+        .filter(|&n| mask[n] & 0x80 != 0)
+        .map(|n| {
+            let offset = base.wrapping_add(n as u64) & wrap;
+            address::linear_for(core, segment, offset, 1, Access::Write).map(|l| (l, data[n]))
+        })
+        .collect::<Result<_, Fault>>()?;
+    for &(linear, _) in &places {
+        core.probe_write(linear, 1, privilege)?;
+    }
+    for (linear, byte) in places {
+        core.write::<1>(linear, u64::from(byte), privilege)?;
+    }
+    debug_assert!(core.cpu.mode() != Mode::Real || bits != 64);
+    Ok(Flow::Next)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn runs_of_bits() {
+        assert_eq!(runs(0), vec![]);
+        assert_eq!(runs(0b0110_1), vec![(0, 1), (2, 2)]);
+        assert_eq!(runs(u64::MAX), vec![(0, 64)]);
+        assert_eq!(runs(1 << 63), vec![(63, 1)]);
+    }
+}

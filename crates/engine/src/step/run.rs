@@ -1,0 +1,430 @@
+//! The innermost loop: executes the operations of a block.
+#![allow(unsafe_code)]
+
+use trapline_x86::control::{cr0, cr4, dr6, dr7, rflags};
+use trapline_x86::state::InterruptShadow;
+use trapline_x86::{CpuState, Exception, Mode};
+
+use super::{Executed, Flow, address, bits, control, masked, stack, strings};
+use crate::access::{Core, Fault, OperandAccess};
+use crate::decode::op::{FlatAddress, NO_REGISTER, RegOperand, StateCheck};
+use crate::decode::{Block, Op, OpKind};
+use crate::env::Environment;
+use crate::native::{self, Thunk};
+use crate::tlb::{Access, Privilege};
+
+/// How a turn in a block ended. RIP is that of the next instruction to execute, or of the faulting
+/// one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Turn {
+    /// Go on at RIP.
+    Continue,
+    /// The processor's activity changed.
+    Stopped,
+    /// The instruction at RIP raised this, or, for debug traps, the one before RIP.
+    Exception(Exception),
+    /// Start the instruction at RIP again.
+    Restart,
+}
+
+/// Executes `block` from its first operation, where RIP must be. Stops early where something may
+/// have changed that the rest depends on.
+///
+/// Returns how it ended and the number of instructions completed.
+pub fn run<E: Environment>(core: &mut Core<'_, E>, block: &Block) -> (Turn, u64) {
+    core.leave_block = false;
+    let special = core.cpu.shadow != InterruptShadow::None
+        || core.cpu.rflags & (rflags::TF | rflags::RF) != 0
+        || core.cpu.dr7 & dr7::ENABLES != 0;
+    if special {
+        return match block.ops.iter().find(|op| !matches!(op.kind, OpKind::Run(_))) {
+            Some(op) => single(core, op),
+            None => (Turn::Continue, 0),
+        };
+    }
+    let mut done = 0;
+    let mut n = 0;
+    while let Some(op) = block.ops.get(n) {
+        if let OpKind::Run(count) = op.kind {
+            n += 1;
+            if let Some(thunk) = op.thunk
+                && call(thunk, core.cpu, std::ptr::null_mut()).is_ok()
+            {
+                let count = usize::from(count);
+                let bytes: u64 = block.ops[n..n + count].iter().map(|op| u64::from(op.len)).sum();
+                next_rip(core.cpu, block.mode, bytes);
+                n += count;
+                done += count as u64;
+            }
+            continue;
+        }
+        match execute(core, op) {
+            Ok(Flow::Next) => {
+                next_rip(core.cpu, block.mode, u64::from(op.len));
+                done += 1;
+                n += 1;
+                if core.leave_block {
+                    return (Turn::Continue, done);
+                }
+            }
+            Ok(Flow::Jump) => return (Turn::Continue, done + 1),
+            Ok(Flow::Leave) => {
+                next_rip(core.cpu, block.mode, u64::from(op.len));
+                return (Turn::Continue, done + 1);
+            }
+            Ok(Flow::Stop) => {
+                next_rip(core.cpu, block.mode, u64::from(op.len));
+                return (Turn::Stopped, done + 1);
+            }
+            Err(Fault::Exception(e)) => return (Turn::Exception(e), done),
+            Err(Fault::Restart) => return (Turn::Restart, done),
+        }
+    }
+    (Turn::Continue, done)
+}
+
+#[inline(always)]
+fn next_rip(cpu: &mut CpuState, mode: Mode, len: u64) {
+    let rip = cpu.rip.wrapping_add(len);
+    cpu.rip = match mode {
+        Mode::Long64 => rip,
+        Mode::Protected32 => rip & 0xffff_ffff,
+        _ => rip & 0xffff_ffff,
+    };
+}
+
+/// One instruction under an interrupt shadow, single-stepping, RF or armed breakpoints.
+fn single<E: Environment>(core: &mut Core<'_, E>, op: &Op) -> (Turn, u64) {
+    let shadow = core.cpu.shadow;
+    let mode = core.cpu.mode();
+    // Instruction breakpoints are faults, and wait for an instruction behind MOV SS.
+    if core.cpu.rflags & rflags::RF == 0
+        && shadow != InterruptShadow::MovSs
+        && let Some(hit) = instruction_breakpoint(core.cpu)
+    {
+        return (Turn::Exception(Exception::debug(hit)), 0);
+    }
+    let stepping = core.cpu.rflags & rflags::TF != 0;
+    let resume = core.cpu.rflags & rflags::RF;
+    core.cpu.shadow = InterruptShadow::None;
+    core.data_breakpoints = 0;
+    let result = execute(core, op);
+    let turn = match result {
+        Err(Fault::Restart) => {
+            core.cpu.shadow = shadow;
+            return (Turn::Restart, 0);
+        }
+        Err(Fault::Exception(e)) => return (Turn::Exception(e), 0),
+        Ok(Flow::Jump) => Turn::Continue,
+        Ok(Flow::Stop) => {
+            next_rip(core.cpu, mode, u64::from(op.len));
+            Turn::Stopped
+        }
+        Ok(_) => {
+            next_rip(core.cpu, mode, u64::from(op.len));
+            Turn::Continue
+        }
+    };
+    use iced_x86::Mnemonic as M;
+    let loads_flags = matches!(op.instruction.mnemonic(), M::Iret | M::Iretd | M::Iretq);
+    if !loads_flags {
+        core.cpu.rflags &= !resume;
+    }
+    // A transfer into the kernel decides by the flags it leaves behind; the others by the flags
+    // that they started with.
+    let enters_kernel = matches!(
+        op.instruction.mnemonic(),
+        M::Int | M::Int1 | M::Int3 | M::Into | M::Syscall | M::Sysenter
+    );
+    let stepped = stepping && (!enters_kernel || core.cpu.rflags & rflags::TF != 0);
+    let mut report = core.data_breakpoints;
+    if stepped {
+        report |= dr6::BS;
+    }
+    if report != 0 && core.cpu.shadow != InterruptShadow::MovSs {
+        return (Turn::Exception(Exception::debug(report)), 1);
+    }
+    (turn, 1)
+}
+
+/// The DR6 bits of enabled instruction breakpoints at CS:RIP.
+fn instruction_breakpoint(cpu: &CpuState) -> Option<u64> {
+    if cpu.dr7 & dr7::ENABLES == 0 {
+        return None;
+    }
+    let linear = match cpu.mode() {
+        Mode::Long64 => cpu.rip,
+        _ => cpu.cs().base.wrapping_add(cpu.rip) & 0xffff_ffff,
+    };
+    let hits = (0..4).fold(0, |hits, i| {
+        let enabled = cpu.dr7 >> (2 * i) & 3 != 0;
+        let executes = cpu.dr7 >> (16 + 4 * i) & 3 == 0;
+        hits | u64::from(enabled && executes && cpu.dr[i] == linear) << i
+    });
+    (hits != 0).then_some(hits)
+}
+
+/// Runs a thunk; the vector that the host processor raised on failure.
+#[inline(always)]
+pub(super) fn call(thunk: Thunk, cpu: &mut CpuState, operand: *mut u8) -> Result<(), u8> {
+    // SAFETY: thunks of a block belong to the VCPU's current code arena (blocks are dropped before
+    // it is reset), and `operand` covers the operand's bytes: it comes from a translation or from
+    // a copy of at least that size.
+    unsafe { native::call(thunk, cpu, operand) }.map_err(|fault| fault.vector)
+}
+
+/// The guest's exception for a vector that the host raised.
+pub(super) fn host_exception(vector: u8) -> Fault {
+    Fault::Exception(Exception::from_host_vector(vector).unwrap_or(Exception::general_protection(0)))
+}
+
+#[inline(always)]
+fn read_register(cpu: &CpuState, r: RegOperand) -> u64 {
+    let value = cpu.gpr[usize::from(r.index & 15)];
+    if r.high { value >> 8 } else { value }
+}
+
+#[inline(always)]
+fn write_register(cpu: &mut CpuState, r: RegOperand, value: u64) {
+    let full = &mut cpu.gpr[usize::from(r.index & 15)];
+    *full = match (r.size, r.high) {
+        (8, _) => value,
+        (4, _) => value & 0xffff_ffff,
+        (2, _) => *full & !0xffff | value & 0xffff,
+        (_, true) => *full & !0xff00 | (value & 0xff) << 8,
+        _ => *full & !0xff | value & 0xff,
+    };
+}
+
+#[inline(always)]
+fn flat_linear(cpu: &CpuState, a: &FlatAddress) -> u64 {
+    let mut linear = a.displacement;
+    if a.base != NO_REGISTER {
+        linear = linear.wrapping_add(cpu.gpr[usize::from(a.base & 15)]);
+    }
+    if a.index != NO_REGISTER {
+        linear = linear.wrapping_add(cpu.gpr[usize::from(a.index & 15)] << a.scale);
+    }
+    if a.segment != NO_REGISTER {
+        linear = linear.wrapping_add(cpu.seg[usize::from(a.segment.min(5))].base);
+    }
+    linear
+}
+
+/// The host address of the memory operand if it can be accessed directly, without any check but
+/// the TLB's. The TLB holds only canonical addresses, so a hit needs no canonical check.
+#[inline(always)]
+fn direct<E: Environment>(
+    core: &Core<'_, E>,
+    op: &Op,
+    size: usize,
+    access: Access,
+) -> Option<*mut u8> {
+    let flat = op.flat.as_ref()?;
+    core.fast(flat_linear(core.cpu, flat), size, Privilege::of_data(core.cpu), access)
+}
+
+#[inline(always)]
+fn load<E: Environment>(core: &mut Core<'_, E>, op: &Op, size: u8) -> Result<u64, Fault> {
+    if let Some(flat) = &op.flat {
+        let linear = flat_linear(core.cpu, flat);
+        if CpuState::is_canonical(linear) && linear & 4095 <= 4088 {
+            return core.read_sized(linear, usize::from(size), Privilege::of_data(core.cpu));
+        }
+    }
+    let linear = address::linear(core, &op.instruction, usize::from(size), Access::Read)?;
+    core.read_sized(linear, usize::from(size), Privilege::of_data(core.cpu))
+}
+
+#[inline(always)]
+fn store<E: Environment>(
+    core: &mut Core<'_, E>,
+    op: &Op,
+    size: u8,
+    value: u64,
+) -> Result<(), Fault> {
+    if let Some(flat) = &op.flat {
+        let linear = flat_linear(core.cpu, flat);
+        if CpuState::is_canonical(linear) && linear & 4095 <= 4088 {
+            return core.write_sized(linear, usize::from(size), value, Privilege::of_data(core.cpu));
+        }
+    }
+    let linear = address::linear(core, &op.instruction, usize::from(size), Access::Write)?;
+    core.write_sized(linear, usize::from(size), value, Privilege::of_data(core.cpu))
+}
+
+/// Whether the register state that the instruction uses is available (SDM vol. 1, 13.5 and vol. 3,
+/// tables 2-2 and 13-1).
+fn check_state(cpu: &CpuState, check: StateCheck) -> Result<(), Exception> {
+    let extended = |needed| {
+        if cpu.cr4 & cr4::OSXSAVE == 0 || cpu.xcr0 & needed != needed {
+            return Err(Exception::invalid_opcode());
+        }
+        Ok(())
+    };
+    match check {
+        StateCheck::None => return Ok(()),
+        StateCheck::X87 => {
+            if cpu.cr0 & (cr0::EM | cr0::TS) != 0 {
+                return Err(Exception::device_not_available());
+            }
+            return Ok(());
+        }
+        StateCheck::Wait => {
+            if cpu.cr0 & cr0::MP != 0 && cpu.cr0 & cr0::TS != 0 {
+                return Err(Exception::device_not_available());
+            }
+            return Ok(());
+        }
+        StateCheck::Mmx => {
+            if cpu.cr0 & cr0::EM != 0 {
+                return Err(Exception::invalid_opcode());
+            }
+        }
+        StateCheck::Sse => {
+            if cpu.cr0 & cr0::EM != 0 || cpu.cr4 & cr4::OSFXSR == 0 {
+                return Err(Exception::invalid_opcode());
+            }
+        }
+        StateCheck::Avx => extended(0x6)?,
+        StateCheck::Avx512 => extended(0xe6)?,
+    }
+    if cpu.cr0 & cr0::TS != 0 {
+        return Err(Exception::device_not_available());
+    }
+    Ok(())
+}
+
+/// An unmasked x87 or SIMD exception reaches the guest as its control bits say.
+fn floating_point_exception(cpu: &CpuState, vector: u8) -> Fault {
+    if vector == 19 && cpu.cr4 & cr4::OSXMMEXCPT == 0 {
+        return Exception::invalid_opcode().into();
+    }
+    host_exception(vector)
+}
+
+fn native_memory<E: Environment>(
+    core: &mut Core<'_, E>,
+    op: &Op,
+    thunk: Thunk,
+    access: OperandAccess,
+) -> Executed {
+    let size = usize::from(op.memory_size);
+    let kind = if access == OperandAccess::Read { Access::Read } else { Access::Write };
+    if let Some(host) = direct(core, op, size, kind) {
+        return match call(thunk, core.cpu, host) {
+            Ok(()) => Ok(Flow::Next),
+            Err(vector) => Err(floating_point_exception(core.cpu, vector)),
+        };
+    }
+    let linear = address::linear(core, &op.instruction, size, kind)?;
+    let mut vector = None;
+    core.with_operand(linear, size, access, op.locked, &mut |cpu, operand| {
+        call(thunk, cpu, operand).inspect_err(|&v| vector = Some(v))
+    })
+    .map_err(|fault| match vector {
+        Some(v) => floating_point_exception(core.cpu, v),
+        None => fault,
+    })?;
+    Ok(Flow::Next)
+}
+
+/// Executes one operation.
+#[inline(always)]
+fn execute<E: Environment>(core: &mut Core<'_, E>, op: &Op) -> Executed {
+    if op.check != StateCheck::None {
+        check_state(core.cpu, op.check)?;
+    }
+    match op.kind {
+        OpKind::Native => match op.thunk {
+            Some(thunk) => match call(thunk, core.cpu, std::ptr::null_mut()) {
+                Ok(()) => Ok(Flow::Next),
+                Err(vector) => Err(floating_point_exception(core.cpu, vector)),
+            },
+            None => Err(Exception::invalid_opcode().into()),
+        },
+        OpKind::NativeMemory(access) => match op.thunk {
+            Some(thunk) => native_memory(core, op, thunk, access),
+            None => Err(Exception::invalid_opcode().into()),
+        },
+        OpKind::MoveRegister(to, from) => {
+            let value = read_register(core.cpu, from);
+            let value = match from.size {
+                1 => value & 0xff,
+                2 => value & 0xffff,
+                4 => value & 0xffff_ffff,
+                _ => value,
+            };
+            write_register(core.cpu, to, value);
+            Ok(Flow::Next)
+        }
+        OpKind::MoveImmediate(to, value) => {
+            write_register(core.cpu, to, value);
+            Ok(Flow::Next)
+        }
+        OpKind::Load(to, size) => {
+            let value = load(core, op, size)?;
+            write_register(core.cpu, to, value);
+            Ok(Flow::Next)
+        }
+        OpKind::LoadSigned(to, size) => {
+            let value = load(core, op, size)?;
+            let shift = 64 - 8 * u32::from(size);
+            write_register(core.cpu, to, ((value << shift) as i64 >> shift) as u64);
+            Ok(Flow::Next)
+        }
+        OpKind::Store(from) => {
+            let value = read_register(core.cpu, from);
+            store(core, op, from.size, value)?;
+            Ok(Flow::Next)
+        }
+        OpKind::StoreImmediate(value, size) => {
+            store(core, op, size, value)?;
+            Ok(Flow::Next)
+        }
+        OpKind::LoadAddress(to) => {
+            let offset = match &op.flat {
+                Some(flat) => {
+                    let flat = FlatAddress { segment: NO_REGISTER, ..*flat };
+                    flat_linear(core.cpu, &flat)
+                }
+                None => address::effective_offset(core.cpu, &op.instruction),
+            };
+            write_register(core.cpu, to, offset);
+            Ok(Flow::Next)
+        }
+        OpKind::NoOperation => Ok(Flow::Next),
+        OpKind::JumpIf(code) => {
+            if !control::condition(core.cpu.rflags, code) {
+                return Ok(Flow::Leave);
+            }
+            control::jump(core, op.target)
+        }
+        OpKind::Jump => control::jump(core, op.target),
+        OpKind::JumpIndirect => control::jump_indirect(core, &op.instruction),
+        OpKind::Call => control::call(core, &op.instruction, op.target),
+        OpKind::CallIndirect => control::call_indirect(core, &op.instruction),
+        OpKind::Return(extra) => control::ret(core, &op.instruction, extra),
+        OpKind::Push => stack::execute_push(core, &op.instruction),
+        OpKind::Pop => stack::execute_pop(core, &op.instruction),
+        _ => execute_rare(core, op),
+    }
+}
+
+#[inline(never)]
+fn execute_rare<E: Environment>(core: &mut Core<'_, E>, op: &Op) -> Executed {
+    let i = &op.instruction;
+    match op.kind {
+        OpKind::NativeMasked(access) => masked::native_masked(core, op, access),
+        OpKind::Loop => control::loop_or_jcxz(core, i),
+        OpKind::Frame => stack::execute_frame(core, i),
+        OpKind::String => strings::execute(core, i),
+        OpKind::BitString => bits::bit_string(core, op),
+        OpKind::Gather => masked::gather_or_scatter(core, op),
+        OpKind::Xlat => bits::xlat(core, i),
+        OpKind::MaskMove => masked::mask_move(core, i),
+        OpKind::Legacy => bits::legacy(core.cpu, i),
+        OpKind::System => super::execute(core, i),
+        _ => Err(Exception::invalid_opcode().into()),
+    }
+}
