@@ -54,7 +54,6 @@ pub struct Core<'a, E: Environment> {
     pub leave_block: bool,
     /// Data breakpoints that accesses of this instruction have hit, as DR6 bits.
     pub data_breakpoints: u64,
-    bounce: Bounce,
 }
 
 /// One page's part of an access.
@@ -93,7 +92,6 @@ impl<'a, E: Environment> Core<'a, E> {
             env,
             leave_block: false,
             data_breakpoints: 0,
-            bounce: Bounce([0; LARGEST_OPERAND + 64]),
         }
     }
 
@@ -118,7 +116,7 @@ impl<'a, E: Environment> Core<'a, E> {
         linear: u64,
         privilege: Privilege,
         access: Access,
-    ) -> Result<Translation, Exception> {
+    ) -> Result<Translation, Fault> {
         if let Some(entry) = self.tlb.lookup(linear, privilege, access) {
             let host = entry.addend.wrapping_add(linear) as *mut u8;
             let gpa = entry.gpa | (linear & (PAGE - 1));
@@ -133,7 +131,7 @@ impl<'a, E: Environment> Core<'a, E> {
         len: usize,
         privilege: Privilege,
         access: Access,
-    ) -> Result<Pieces, Exception> {
+    ) -> Result<Pieces, Fault> {
         let room = (PAGE - (linear & (PAGE - 1))) as usize;
         let first_len = len.min(room);
         if len <= room {
@@ -250,7 +248,7 @@ impl<'a, E: Environment> Core<'a, E> {
     }
 
     /// Whether a write of `len` bytes would be permitted; sets accessed and dirty bits.
-    pub fn probe_write(&mut self, linear: u64, len: usize, privilege: Privilege) -> Result<(), Exception> {
+    pub fn probe_write(&mut self, linear: u64, len: usize, privilege: Privilege) -> Result<(), Fault> {
         let linear = self.wrap(linear);
         self.pieces(linear, len, privilege, Access::Write).map(|_| ())
     }
@@ -356,30 +354,24 @@ impl<'a, E: Environment> Core<'a, E> {
         }
         // Keep the operand's alignment: the processor checks it for some instructions.
         let offset = (linear & 63) as usize;
-        let mut copy = std::mem::replace(&mut self.bounce, Bounce([0; LARGEST_OPERAND + 64]));
+        let mut copy = Bounce([0; LARGEST_OPERAND + 64]);
         let bytes = &mut copy.0[offset..offset + len];
-        let result = (|| {
-            if access != OperandAccess::Write || pieces.second.is_some() {
-                let (head, tail) = bytes.split_at_mut(pieces.first.len);
-                if access != OperandAccess::Write {
-                    self.read_piece(pieces.first, head)?;
-                    if let Some(piece) = pieces.second {
-                        self.read_piece(piece, tail)?;
-                    }
-                }
+        if access != OperandAccess::Write {
+            let (head, tail) = bytes.split_at_mut(pieces.first.len);
+            self.read_piece(pieces.first, head)?;
+            if let Some(piece) = pieces.second {
+                self.read_piece(piece, tail)?;
             }
-            if access == OperandAccess::Read {
-                perform(self.cpu, bytes.as_mut_ptr()).map_err(host_fault)?;
-                self.note_breakpoints(linear, len, kind);
-                return Ok(());
-            }
-            // The instruction's effect on registers must be undone if the write has to restart.
-            let before = self.cpu.clone();
+        }
+        if access == OperandAccess::Read {
             perform(self.cpu, bytes.as_mut_ptr()).map_err(host_fault)?;
-            self.commit(linear, &pieces, bytes).inspect_err(|_| *self.cpu = before)
-        })();
-        self.bounce = copy;
-        result
+            self.note_breakpoints(linear, len, kind);
+            return Ok(());
+        }
+        // The instruction's effect on registers must be undone if the write has to restart.
+        let before = self.cpu.clone();
+        perform(self.cpu, bytes.as_mut_ptr()).map_err(host_fault)?;
+        self.commit(linear, &pieces, bytes).inspect_err(|_| *self.cpu = before)
     }
 
     /// A locked access to two pages of RAM: on hardware the bus is locked; here every other VCPU

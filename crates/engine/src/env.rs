@@ -1,7 +1,8 @@
 //! What the engine asks of the layer above: everything that leaves the processor.
 
-use trapline_x86::{CpuState, Exception};
+use trapline_x86::CpuState;
 
+use crate::access::Fault;
 use crate::tlb::{Access, Privilege, Tlb};
 
 /// A guest-physical byte range that does not cross a page.
@@ -48,7 +49,8 @@ pub struct MsrFault;
 /// a guest does.
 pub trait Environment {
     /// Translates the page of `linear` for an access, setting accessed and dirty bits, and enters
-    /// it into the TLB where the access may be direct. Call only after a TLB miss.
+    /// it into the TLB where the access may be direct. Call only after a TLB miss. Setting those
+    /// bits is a write that traces may cover, so it too may have to restart.
     fn translate(
         &mut self,
         cpu: &CpuState,
@@ -56,7 +58,7 @@ pub trait Environment {
         linear: u64,
         privilege: Privilege,
         access: Access,
-    ) -> Result<Translation, Exception>;
+    ) -> Result<Translation, Fault>;
 
     /// Performs an access to RAM that traces may cover. `perform` is called exactly once unless
     /// `Err(Restart)` is returned, then not at all. After a write the caller ends its block: the
