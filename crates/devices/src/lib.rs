@@ -19,8 +19,11 @@
 
 pub mod clock;
 pub mod events;
+pub mod io_apic;
+pub mod lines;
 pub mod local_apic;
 pub mod mmio;
+pub mod pic;
 pub mod port;
 pub mod timer;
 
