@@ -7,9 +7,26 @@
 
 #![allow(unsafe_code)]
 
-use iced_x86::Instruction;
+mod arena;
+mod emit;
+mod fault;
+mod form;
+mod host;
+mod registers;
+
+use std::collections::HashMap;
+
+use iced_x86::{CodeSize, Instruction, InstructionInfoFactory};
 use thiserror::Error;
 use trapline_x86::CpuState;
+use trapline_x86::vector::MXCSR_RESET;
+
+use arena::Arena;
+use form::Form;
+use host::Host;
+
+/// Instructions remembered at most, with or without a thunk.
+const KNOWN_LIMIT: usize = 1 << 18;
 
 /// The host refused what native execution needs.
 #[derive(Debug, Error)]
@@ -48,41 +65,119 @@ pub struct HostFault {
 
 /// Entry point of one compiled instruction (or run of instructions). Valid until its
 /// [`NativeCode`] is reset or dropped.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug)]
 pub struct Thunk(unsafe extern "sysv64" fn(*mut CpuState, *mut u8) -> u32);
 
+/// What distinguishes thunks: the normalized instruction, and whether it was decoded in 64-bit mode.
+type Key = (Instruction, bool);
+
 /// Owner of the executable memory of one VCPU's thunks.
-pub struct NativeCode {}
+pub struct NativeCode {
+    arena: Arena,
+    host: Host,
+    single: HashMap<Key, Result<Thunk, ThunkError>>,
+    runs: HashMap<Box<[Key]>, Result<Thunk, ThunkError>>,
+    factory: InstructionInfoFactory,
+    /// Where the arena holds the MXCSR value for Rust.
+    host_mxcsr: u64,
+}
 
 impl NativeCode {
     /// Reserves the executable memory and, once per process, installs the fault handlers.
     pub fn new() -> Result<Self, NativeError> {
-        todo!()
+        fault::install()?;
+        let mut arena = Arena::new()?;
+        let host_mxcsr = arena.next();
+        // Always fits: it is the first.
+        let _ = arena.append(&MXCSR_RESET.to_le_bytes());
+        Ok(Self {
+            arena,
+            host: Host::detect(),
+            single: HashMap::new(),
+            runs: HashMap::new(),
+            factory: InstructionInfoFactory::new(),
+            host_mxcsr,
+        })
     }
 
     /// The thunk that executes `instruction`, decoded in any mode. Instructions that differ only in
     /// address, length or addressing of the memory operand share one thunk.
-    pub fn thunk(&mut self, _instruction: &Instruction) -> Result<Thunk, ThunkError> {
-        todo!()
+    pub fn thunk(&mut self, instruction: &Instruction) -> Result<Thunk, ThunkError> {
+        let key = key(instruction);
+        if let Some(known) = self.single.get(&key) {
+            return *known;
+        }
+        let made = match Form::of(instruction, &mut self.factory) {
+            Some(form) => self.make(&[form]),
+            None => Err(ThunkError::Unsupported),
+        };
+        if !matches!(made, Err(ThunkError::Full)) {
+            // Hostile code may bring up any number of instructions that do not fill the arena.
+            if self.single.len() >= KNOWN_LIMIT {
+                return Err(ThunkError::Full);
+            }
+            self.single.insert(key, made);
+        }
+        made
     }
 
-    /// One thunk for consecutive instructions, none of which has a memory operand. If one of them
-    /// faults, none has had any effect: call them singly.
-    pub fn thunk_run(&mut self, _instructions: &[Instruction]) -> Result<Thunk, ThunkError> {
-        todo!()
+    /// One thunk for consecutive instructions, none of which has a memory operand or touches x87
+    /// state. If one of them faults, none has had any effect but on MXCSR: call them singly then,
+    /// after putting back MXCSR.
+    pub fn thunk_run(&mut self, instructions: &[Instruction]) -> Result<Thunk, ThunkError> {
+        let key: Box<[Key]> = instructions.iter().map(key).collect();
+        if let Some(known) = self.runs.get(&key) {
+            return *known;
+        }
+        let forms: Option<Vec<Form>> = instructions
+            .iter()
+            .map(|instruction| Form::of(instruction, &mut self.factory))
+            .collect();
+        let made = match forms {
+            Some(forms) => self.make(&forms),
+            None => Err(ThunkError::Unsupported),
+        };
+        if !matches!(made, Err(ThunkError::Full)) {
+            if self.runs.len() >= KNOWN_LIMIT {
+                return Err(ThunkError::Full);
+            }
+            self.runs.insert(key, made);
+        }
+        made
+    }
+
+    fn make(&mut self, forms: &[Form]) -> Result<Thunk, ThunkError> {
+        let code = emit::thunk(forms, self.host, self.arena.next(), self.host_mxcsr)
+            .map_err(|_| ThunkError::Unsupported)?;
+        let address = self.arena.append(&code).ok_or(ThunkError::Full)?;
+        // SAFETY: a function of this signature has just been written there.
+        Ok(Thunk(unsafe {
+            std::mem::transmute::<*mut u8, unsafe extern "sysv64" fn(*mut CpuState, *mut u8) -> u32>(
+                address.as_ptr(),
+            )
+        }))
     }
 
     /// Discards all thunks.
     pub fn reset(&mut self) {
-        todo!()
+        self.single.clear();
+        self.runs.clear();
+        self.arena.truncate(size_of_val(&MXCSR_RESET));
     }
+}
+
+fn key(instruction: &Instruction) -> Key {
+    (
+        form::normalize(instruction),
+        instruction.code_size() == CodeSize::Code64,
+    )
 }
 
 /// Whether `instruction` may run natively: it is unprivileged, not control flow, touches no other
 /// memory than its one explicit operand, and reads or writes nothing that [`CpuState`] virtualizes
 /// (segments, system registers, time stamp, stack). It may still raise #UD when the host lacks it.
-pub fn supports(_instruction: &Instruction) -> bool {
-    todo!()
+pub fn supports(instruction: &Instruction) -> bool {
+    Form::of(instruction, &mut InstructionInfoFactory::new()).is_some()
 }
 
 /// Executes `thunk` on `cpu`. On a fault guest registers and memory are unchanged, except that
@@ -109,3 +204,6 @@ pub unsafe fn call(thunk: Thunk, cpu: &mut CpuState, operand: *mut u8) -> Result
         })
     }
 }
+
+#[cfg(test)]
+mod tests;
