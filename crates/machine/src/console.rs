@@ -6,7 +6,7 @@ use std::net::Shutdown;
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
@@ -14,7 +14,7 @@ use std::time::Duration;
 use crate::outcome::MachineError;
 
 /// How many pieces of input may wait for the guest; then whoever sends them waits.
-const INPUT_PIECES: usize = 16;
+const INPUT_PIECES: usize = 256;
 /// The most bytes in one piece of input.
 const PIECE_BYTES: usize = 4096;
 /// A client that takes no output for this long is let go, so that it cannot hold up the guest.
@@ -39,6 +39,14 @@ impl ConsoleInput {
         bytes
             .chunks(PIECE_BYTES)
             .all(|piece| self.0.send(piece.to_vec()).is_ok())
+    }
+
+    /// As [`Self::send`], but drops what the guest is too far behind for.
+    pub fn try_send(&self, bytes: &[u8]) -> bool {
+        bytes.chunks(PIECE_BYTES).all(|piece| {
+            let sent = self.0.try_send(piece.to_vec());
+            !matches!(sent, Err(TrySendError::Disconnected(_)))
+        })
     }
 }
 

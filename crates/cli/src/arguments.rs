@@ -1,0 +1,288 @@
+//! What may stand on the command line.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use tracing_subscriber::filter::Targets;
+use trapline_machine::MachineConfig;
+use trapline_machine::config::{
+    ConfigError, EngineKind, MAX_VCPUS, SerialMode, TraceNotify, validate_memory,
+};
+
+use crate::keyed;
+
+const EXAMPLE: &str = "\
+Example: boot a Linux kernel on two processors, with its console in this terminal
+  trapline run --kernel vmlinuz --initramfs initramfs.cpio.gz \\
+    --cmdline 'console=ttyS0' --cpus boot=2 --memory size=512M";
+
+const RUN_HELP: &str = "\
+Example: boot a Linux kernel on two processors, with its console in this terminal
+  trapline run --kernel vmlinuz --initramfs initramfs.cpio.gz \\
+    --cmdline 'console=ttyS0' --cpus boot=2 --memory size=512M
+
+Keys, when the serial line is on a terminal:
+  Ctrl-A x       leave: stop the machine
+  Ctrl-A Ctrl-A  send Ctrl-A to the guest (Ctrl-A a too)
+  Ctrl-A h       show these keys
+
+Exit status:
+  0          the guest powered off, or Ctrl-A x stopped it
+  (V<<1)|1   the guest wrote V to the debug-exit port 0xf4 (lowest 8 bits)
+  64         wrong usage
+  65         an input file is unusable
+  70         the guest crashed; its registers are printed
+  71         the host refused a resource
+  124        the time limit passed
+  128+N      signal N stopped the machine";
+
+/// Runs x86-64 virtual machines with several processors, and needs no virtualization hardware for
+/// it: no /dev/kvm, no kernel module, no root.
+#[derive(Debug, Parser)]
+#[command(name = "trapline", version, after_help = EXAMPLE)]
+pub struct Arguments {
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Build a machine, boot a kernel on it, and run it to its end
+    Run(Box<RunArguments>),
+}
+
+/// Build a machine, boot a kernel on it, and run it to its end.
+#[derive(Debug, Args)]
+#[command(after_help = RUN_HELP)]
+pub struct RunArguments {
+    /// Kernel: a bzImage, an ELF file with a PVH entry, or a Multiboot 1 image
+    #[arg(long, value_name = "PATH")]
+    pub kernel: PathBuf,
+
+    /// Initial RAM file system for the kernel (module 0 of a Multiboot kernel)
+    #[arg(long, value_name = "PATH")]
+    pub initramfs: Option<PathBuf>,
+
+    /// Command line of the kernel
+    #[arg(
+        long,
+        value_name = "STR",
+        default_value = "",
+        allow_hyphen_values = true
+    )]
+    pub cmdline: String,
+
+    /// Number of virtual processors, 1 to 64; may exceed the host's
+    #[arg(long, value_name = "boot=N", default_value = "boot=1", value_parser = cpus)]
+    pub cpus: u8,
+
+    /// Guest memory, with a suffix K, M, G or T
+    #[arg(long, value_name = "size=SIZE", default_value = "size=512M", value_parser = memory)]
+    pub memory: u64,
+
+    /// First serial line: this terminal, nothing, a file, or a Unix socket to listen at
+    #[arg(
+        long,
+        value_name = "tty|null|file=PATH|socket=PATH",
+        default_value = "tty",
+        value_parser = serial
+    )]
+    pub serial: SerialMode,
+
+    /// What executes the guest's instructions
+    #[arg(long, value_enum, default_value_t = Engine::Auto)]
+    pub engine: Engine,
+
+    /// Who is notified of trace events
+    #[arg(long, value_enum, default_value_t = Notify::Consumers)]
+    pub trace_notify: Notify,
+
+    /// Stop the machine after this many seconds
+    #[arg(long, value_name = "SECONDS", value_parser = seconds)]
+    pub timeout: Option<Duration>,
+
+    /// Write statistics to this file at exit, as one JSON object
+    #[arg(long, value_name = "PATH")]
+    pub stats: Option<PathBuf>,
+
+    /// What to log: a level, or targets with levels, as in warn,trapline_devices=debug
+    #[arg(long, value_name = "FILTER", default_value = "warn", value_parser = filter)]
+    pub log: Targets,
+
+    /// Where to log to, rather than standard error
+    #[arg(long, value_name = "PATH")]
+    pub log_file: Option<PathBuf>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Engine {
+    /// The fastest that can run the guest
+    Auto,
+    /// One instruction at a time
+    Step,
+    /// The binary translator
+    Translate,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Notify {
+    /// The processors for which the trace covers the location
+    Consumers,
+    /// Every processor, of every event
+    All,
+}
+
+impl RunArguments {
+    /// The machine they describe.
+    pub fn config(&self) -> MachineConfig {
+        MachineConfig {
+            kernel: self.kernel.clone(),
+            initramfs: self.initramfs.clone(),
+            cmdline: self.cmdline.clone(),
+            vcpus: self.cpus,
+            memory_bytes: self.memory,
+            serial: self.serial.clone(),
+            engine: match self.engine {
+                Engine::Auto => EngineKind::Auto,
+                Engine::Step => EngineKind::Step,
+                Engine::Translate => EngineKind::Translate,
+            },
+            timeout: self.timeout,
+            stats: self.stats.clone(),
+            trace_notify: match self.trace_notify {
+                Notify::Consumers => TraceNotify::Consumers,
+                Notify::All => TraceNotify::All,
+            },
+        }
+    }
+}
+
+fn cpus(text: &str) -> Result<u8, String> {
+    let [boot] = keyed::values(text, ["boot"])?;
+    let boot = boot.ok_or("give the number of processors, for example boot=2")?;
+    let count: u64 = boot
+        .parse()
+        .map_err(|_| format!("'{boot}' is no number of processors: give 1 to {MAX_VCPUS}"))?;
+    match u8::try_from(count) {
+        Ok(count @ 1..=MAX_VCPUS) => Ok(count),
+        _ => Err(ConfigError::Vcpus(count).to_string()),
+    }
+}
+
+fn memory(text: &str) -> Result<u64, String> {
+    let [size] = keyed::values(text, ["size"])?;
+    let size = size.ok_or("give the size of memory, for example size=512M")?;
+    let bytes = keyed::size(size)?;
+    validate_memory(bytes).map_err(|e| e.to_string())?;
+    Ok(bytes)
+}
+
+fn serial(text: &str) -> Result<SerialMode, String> {
+    match text.split_once('=') {
+        None if text == "tty" => Ok(SerialMode::Tty),
+        None if text == "null" => Ok(SerialMode::Null),
+        Some(("file" | "socket", "")) => Err("the path is missing behind '='".into()),
+        Some(("file", path)) => Ok(SerialMode::File(path.into())),
+        Some(("socket", path)) => Ok(SerialMode::Socket(path.into())),
+        _ => Err("give tty, null, file=PATH or socket=PATH".into()),
+    }
+}
+
+fn seconds(text: &str) -> Result<Duration, String> {
+    text.parse()
+        .ok()
+        .and_then(|seconds| Duration::try_from_secs_f64(seconds).ok())
+        .filter(|limit| !limit.is_zero())
+        .ok_or_else(|| "give a positive number of seconds, for example 60 or 0.5".into())
+}
+
+fn filter(text: &str) -> Result<Targets, String> {
+    text.parse().map_err(|_| {
+        "give a level (off, error, warn, info, debug, trace) or targets with levels, for example \
+         warn,trapline_devices=debug"
+            .into()
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    fn parse(options: &[&str]) -> Result<MachineConfig, String> {
+        let fixed = ["trapline", "run", "--kernel", "k"];
+        let Arguments {
+            command: Command::Run(run),
+        } = Arguments::try_parse_from(fixed.iter().chain(options)).map_err(|e| e.to_string())?;
+        Ok(run.config())
+    }
+
+    #[test]
+    fn the_definition_is_sound() {
+        Arguments::command().debug_assert();
+    }
+
+    #[test]
+    fn defaults() {
+        assert_eq!(parse(&[]).unwrap(), MachineConfig::new("k"));
+    }
+
+    #[test]
+    fn every_option() {
+        let config = parse(&[
+            "--initramfs=i",
+            "--cmdline=-x console=ttyS0",
+            "--cpus=boot=8",
+            "--memory=size=2G",
+            "--serial=file=a=b",
+            "--engine=step",
+            "--trace-notify=all",
+            "--timeout=1.5",
+            "--stats=s",
+            "--log=debug",
+            "--log-file=l",
+        ]);
+        let expected = MachineConfig {
+            kernel: "k".into(),
+            initramfs: Some("i".into()),
+            cmdline: "-x console=ttyS0".into(),
+            vcpus: 8,
+            memory_bytes: 2 << 30,
+            serial: SerialMode::File("a=b".into()),
+            engine: EngineKind::Step,
+            timeout: Some(Duration::from_millis(1500)),
+            stats: Some("s".into()),
+            trace_notify: TraceNotify::All,
+        };
+        assert_eq!(config.unwrap(), expected);
+    }
+
+    #[test]
+    fn wrong_values_say_what_is_right() {
+        for (option, hint) in [
+            ("--cpus=2", "boot="),
+            ("--cpus=boot=0", "1 to 64"),
+            ("--cpus=boot=10000", "1 to 64"),
+            ("--cpus=boot=x", "1 to 64"),
+            ("--cpus=boot=1,boot=2", "twice"),
+            ("--cpus=boot=1,max=2", "'max'"),
+            ("--memory=512M", "size="),
+            ("--memory=size=1M", "at least 2M"),
+            ("--memory=size=2T", "at most 1T"),
+            ("--memory=size=99999999999999T", "too large"),
+            ("--memory=size=2097153", "4 KiB"),
+            ("--memory=size=-1", "size=512M"),
+            ("--serial=pty", "socket=PATH"),
+            ("--serial=file=", "path"),
+            ("--timeout=0", "positive"),
+            ("--timeout=nan", "positive"),
+            ("--timeout=1e300", "positive"),
+            ("--engine=fast", "translate"),
+            ("--log=a=b=c", "level"),
+        ] {
+            let error = parse(&[option]).expect_err(option);
+            assert!(error.contains(hint), "{option}: {error}");
+        }
+    }
+}
