@@ -17,15 +17,22 @@
 //! acknowledgement of an external interrupt goes to the PIC, and the timer service calls its
 //! targets, each without any lock. [`events::SystemEvents`] is called without a device's lock.
 
+pub mod acpi_pm;
+#[cfg(test)]
+mod board;
 pub mod clock;
+pub mod debug_exit;
 pub mod events;
 pub mod io_apic;
 pub mod lines;
 pub mod local_apic;
 pub mod mmio;
 pub mod pic;
+pub mod pit;
 pub mod port;
+pub mod reset_control;
 pub mod timer;
+pub mod tsc;
 
 /// Why a device was not put on a bus.
 #[derive(Debug, thiserror::Error)]
