@@ -1,0 +1,66 @@
+//! One host thread per VCPU.
+
+use std::io;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::{self, JoinHandle};
+
+use trapline_monitor::signals::Signals;
+use trapline_monitor::statistics::VcpuStatistics;
+use trapline_monitor::surroundings::Surroundings;
+use trapline_monitor::vcpu::{Exit, Vcpu};
+use trapline_x86::CpuState;
+
+use crate::ending::{End, Ending};
+use crate::outcome::register_dump;
+
+/// A running VCPU.
+pub struct VcpuThread {
+    signals: Arc<Signals>,
+    statistics: Arc<Mutex<VcpuStatistics>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl VcpuThread {
+    /// Starts the VCPU `index` with the registers `cpu`.
+    ///
+    /// # Errors
+    /// The host has no thread to give.
+    pub fn spawn(
+        index: u8,
+        cpu: CpuState,
+        surroundings: impl FnOnce() -> Surroundings + Send + 'static,
+        signals: Arc<Signals>,
+        ending: Arc<Ending>,
+    ) -> io::Result<Self> {
+        let statistics = Arc::new(Mutex::new(VcpuStatistics::default()));
+        let (thread_signals, thread_statistics) = (Arc::clone(&signals), Arc::clone(&statistics));
+        let thread = thread::Builder::new().name(format!("vcpu{index}")).spawn(move || {
+            let bootstrap = index == 0;
+            let mut vcpu = match Vcpu::new(cpu, surroundings(), thread_signals, bootstrap) {
+                Ok(vcpu) => vcpu,
+                Err(error) => return ending.announce(End::HostRefused(error.to_string())),
+            };
+            let exit = vcpu.run();
+            *thread_statistics.lock().unwrap_or_else(PoisonError::into_inner) = vcpu.statistics();
+            tracing::debug!(target: "vcpu", vcpu = index, ?exit, registers = register_dump(&vcpu.cpu), "ends");
+            if exit == Exit::TripleFault {
+                ending.announce(End::Crashed { vcpu: index, registers: register_dump(&vcpu.cpu) });
+            }
+        })?;
+        Ok(Self { signals, statistics, thread: Some(thread) })
+    }
+
+    /// Asks the VCPU to end at its next instruction boundary.
+    pub fn stop(&self) {
+        self.signals.stop();
+    }
+
+    /// Waits for the end of the thread; its statistics.
+    pub fn join(mut self) -> VcpuStatistics {
+        if let Some(thread) = self.thread.take() {
+            // A panic has been reported by the panic hook; the statistics are then zero.
+            let _ = thread.join();
+        }
+        *self.statistics.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
