@@ -17,10 +17,13 @@
 //! acknowledgement of an external interrupt goes to the PIC, and the timer service calls its
 //! targets, each without any lock. [`events::SystemEvents`] is called without a device's lock.
 
+pub mod acpi;
 pub mod acpi_pm;
 #[cfg(test)]
 mod board;
+pub mod chipset;
 pub mod clock;
+pub mod cmos;
 pub mod debug_exit;
 pub mod events;
 pub mod io_apic;
@@ -31,6 +34,7 @@ pub mod pic;
 pub mod pit;
 pub mod port;
 pub mod reset_control;
+pub mod serial;
 pub mod timer;
 pub mod tsc;
 

@@ -9,8 +9,6 @@ use crate::pic::Pic;
 pub const TIMER: u8 = 0;
 /// The first serial line.
 pub const SERIAL: u8 = 4;
-/// The real-time clock.
-pub const CLOCK: u8 = 8;
 /// ACPI's system control interrupt, level-triggered.
 pub const SYSTEM_CONTROL: u8 = 9;
 
