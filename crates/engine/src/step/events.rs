@@ -1,1 +1,423 @@
-//! TODO
+//! Delivery of interrupts and exceptions (SDM vol. 3, chapter 6; 20.1.4 for real mode).
+
+use trapline_x86::control::{cr0, dr7, rflags};
+use trapline_x86::exception::selector_error::{EXT, IDT};
+use trapline_x86::segment::Rights;
+use trapline_x86::state::{Activity, InterruptShadow};
+use trapline_x86::{CpuState, Exception, Gpr, Mode, Segment, SegmentRegister, Vector};
+
+use super::segments_descriptor::{self as descriptors, Descriptor, selector_error, system_type};
+use super::stack_access::Stack;
+use super::transfer_stack;
+use super::transfer_task::{self, TaskSwitch};
+use crate::access::{Core, Fault};
+use crate::env::{Environment, Restart};
+use crate::tlb::Privilege;
+
+/// Something that is delivered through the interrupt descriptor table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// Raised by an instruction. RIP is where execution resumes: the instruction's own address for
+    /// a fault, the next one's for a trap.
+    Exception(Exception),
+    /// INT n, INT3 or INTO of `len` bytes at RIP.
+    SoftwareInterrupt { vector: u8, len: u8 },
+    /// An external interrupt.
+    Interrupt(u8),
+    /// A non-maskable interrupt.
+    Nmi,
+}
+
+/// Where delivery led.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Delivered {
+    /// To a handler: RIP is its first instruction.
+    Handler,
+    /// To shutdown.
+    TripleFault,
+}
+
+/// What the table look-up and the pushes need to know of an event.
+struct Plan {
+    vector: u8,
+    error: Option<u32>,
+    /// RIP as saved.
+    rip: u64,
+    /// RFLAGS as saved.
+    flags: u64,
+    software: bool,
+    /// [`EXT`] where an error of the delivery must say so.
+    ext: u32,
+}
+
+impl Plan {
+    fn new(cpu: &CpuState, event: Event) -> Self {
+        let mut plan = Self {
+            vector: 0,
+            error: None,
+            rip: cpu.rip,
+            flags: cpu.rflags,
+            software: false,
+            ext: EXT,
+        };
+        match event {
+            Event::Exception(e) => {
+                plan.vector = e.vector as u8;
+                plan.error = e.error;
+                plan.flags &= !rflags::RF;
+                if sets_resume_flag(cpu, &e) {
+                    plan.flags |= rflags::RF;
+                }
+            }
+            Event::SoftwareInterrupt { vector, len } => {
+                plan.vector = vector;
+                plan.software = true;
+                plan.ext = 0;
+                plan.rip = next_rip(cpu, usize::from(len));
+                plan.flags &= !rflags::RF;
+            }
+            Event::Interrupt(vector) => plan.vector = vector,
+            Event::Nmi => plan.vector = Vector::Nmi as u8,
+        }
+        plan
+    }
+
+    /// The error code of an exception that concerns the event's own table entry.
+    fn idt_error(&self) -> u32 {
+        u32::from(self.vector) << 3 | IDT | self.ext
+    }
+}
+
+/// RIP after an instruction of `len` bytes, wrapped to the code's width.
+pub fn next_rip(cpu: &CpuState, len: usize) -> u64 {
+    let next = cpu.rip.wrapping_add(len as u64);
+    if cpu.mode() == Mode::Long64 {
+        next
+    } else {
+        next & 0xffff_ffff
+    }
+}
+
+/// Whether RFLAGS is saved with RF set: for faults, except instruction breakpoints, whose handler
+/// sets it (SDM vol. 3, 17.3.1.1).
+fn sets_resume_flag(cpu: &CpuState, e: &Exception) -> bool {
+    match e.vector {
+        Vector::Debug => e.dr6 & trapline_x86::control::dr6::BD != 0,
+        Vector::DoubleFault | Vector::MachineCheck => cpu.rflags & rflags::RF != 0,
+        _ => e.is_fault(),
+    }
+}
+
+/// Delivers one event. On an error the registers are as before, except CR2 and DR6, which the
+/// event itself defines.
+///
+/// # Errors
+/// The exception that the delivery raised, or restart.
+pub fn deliver<E: Environment>(core: &mut Core<'_, E>, event: Event) -> Result<(), Fault> {
+    let plan = Plan::new(core.cpu, event);
+    if let Event::Exception(e) = event {
+        if let Some(linear) = e.cr2 {
+            core.cpu.cr2 = linear;
+        }
+        core.cpu.dr6 |= e.dr6;
+    }
+    match core.cpu.mode() {
+        Mode::Real => deliver_real(core, &plan)?,
+        _ if core.cpu.long_mode() => deliver_long(core, &plan)?,
+        _ => deliver_protected(core, &plan)?,
+    }
+    let cpu = &mut *core.cpu;
+    match event {
+        Event::Nmi => cpu.nmi_blocked = true,
+        Event::Exception(e) if e.vector == Vector::Debug => cpu.dr7 &= !dr7::GD,
+        _ => {}
+    }
+    cpu.shadow = InterruptShadow::None;
+    cpu.activity = Activity::Active;
+    Ok(())
+}
+
+/// Delivers an event and whatever its delivery raises: a second exception, a double fault, or
+/// shutdown (SDM vol. 3, tables 6-4 and 6-5).
+///
+/// # Errors
+/// [`Restart`]: deliver the same event again.
+pub fn raise<E: Environment>(core: &mut Core<'_, E>, event: Event) -> Result<Delivered, Restart> {
+    let mut event = event;
+    loop {
+        let second = match deliver(core, event) {
+            Ok(()) => return Ok(Delivered::Handler),
+            Err(Fault::Restart) => return Err(Restart),
+            Err(Fault::Exception(e)) => e,
+        };
+        let Event::Exception(first) = event else {
+            event = Event::Exception(second);
+            continue;
+        };
+        let severe = second.is_contributory() || second.vector == Vector::PageFault;
+        if first.vector == Vector::DoubleFault && severe {
+            core.cpu.activity = Activity::Shutdown;
+            return Ok(Delivered::TripleFault);
+        }
+        let double = match first.vector {
+            Vector::PageFault => severe,
+            _ => first.is_contributory() && second.is_contributory(),
+        };
+        event = Event::Exception(if double { double_fault() } else { second });
+    }
+}
+
+/// #DF.
+fn double_fault() -> Exception {
+    Exception {
+        vector: Vector::DoubleFault,
+        error: Some(0),
+        cr2: None,
+        dr6: 0,
+    }
+}
+
+/// Real mode: the interrupt vector table holds far pointers.
+fn deliver_real<E: Environment>(core: &mut Core<'_, E>, plan: &Plan) -> Result<(), Fault> {
+    let offset = u64::from(plan.vector) * 4;
+    if offset + 3 > u64::from(core.cpu.idtr.limit) {
+        return Err(Exception::general_protection(plan.idt_error()).into());
+    }
+    let linear = core.cpu.idtr.base.wrapping_add(offset);
+    let target = core.read::<4>(linear, Privilege::Supervisor)?;
+    let mut stack = Stack::current(core.cpu);
+    let cs = core.cpu.cs().selector;
+    stack.push_all(core, 2, &[plan.flags, u64::from(cs), plan.rip])?;
+    let cpu = &mut *core.cpu;
+    stack.commit_pointer(cpu);
+    let cs = cpu.segment_mut(SegmentRegister::Cs);
+    cs.selector = (target >> 16) as u16;
+    cs.base = (target >> 16) << 4;
+    cpu.rip = target & 0xffff;
+    cpu.rflags &= !(rflags::IF | rflags::TF | rflags::AC | rflags::RF);
+    Ok(())
+}
+
+/// Reads and checks the event's gate.
+fn gate<E: Environment>(core: &mut Core<'_, E>, plan: &Plan) -> Result<Descriptor, Fault> {
+    let long = core.cpu.long_mode();
+    let size = if long { 16 } else { 8 };
+    let offset = u64::from(plan.vector) * size;
+    let invalid = || Exception::general_protection(plan.idt_error()).into();
+    if offset + size - 1 > u64::from(core.cpu.idtr.limit) {
+        return Err(invalid());
+    }
+    let linear = core.cpu.idtr.base.wrapping_add(offset);
+    let raw = core.read::<8>(linear, Privilege::Supervisor)?;
+    let mut gate = Descriptor {
+        selector: 0,
+        raw,
+        high: 0,
+        linear,
+    };
+    if long {
+        let high = core.read::<8>(linear.wrapping_add(8), Privilege::Supervisor)?;
+        gate.high = high & 0xffff_ffff;
+    }
+    use system_type::*;
+    let valid = match gate.rights().kind() {
+        INTERRUPT_GATE | TRAP_GATE => true,
+        TASK_GATE | INTERRUPT_GATE16 | TRAP_GATE16 => !long,
+        _ => false,
+    };
+    if !valid || !gate.is_system() {
+        return Err(invalid());
+    }
+    if plan.software && gate.dpl() < core.cpu.cpl() {
+        return Err(invalid());
+    }
+    if !gate.is_present() {
+        return Err(Exception::segment_not_present(plan.idt_error()).into());
+    }
+    Ok(gate)
+}
+
+/// Reads and checks the code segment that a gate names; also returns the new privilege level.
+fn handler_segment<E: Environment>(
+    core: &mut Core<'_, E>,
+    plan: &Plan,
+    selector: u16,
+) -> Result<(Descriptor, u8), Fault> {
+    if descriptors::is_null(selector) {
+        return Err(Exception::general_protection(plan.ext).into());
+    }
+    let code = descriptors::fetch(core, selector, Exception::general_protection, plan.ext)?;
+    let error = selector_error(selector) | plan.ext;
+    let invalid = || Err(Exception::general_protection(error).into());
+    let rights = code.rights();
+    let cpl = core.cpu.cpl();
+    if !rights.is_code() || rights.dpl() > cpl {
+        return invalid();
+    }
+    if core.cpu.long_mode() && (!rights.has(Rights::L) || rights.has(Rights::DB)) {
+        return invalid();
+    }
+    if !rights.has(Rights::P) {
+        return Err(Exception::segment_not_present(error).into());
+    }
+    let level = if rights.is_conforming() {
+        cpl
+    } else {
+        rights.dpl()
+    };
+    if core.cpu.mode() == Mode::Virtual8086 && level != 0 {
+        return invalid();
+    }
+    Ok((code, level))
+}
+
+/// Makes the handler's code segment and flags current. Nothing here can fail.
+fn enter_handler(cpu: &mut CpuState, gate: &Descriptor, code: &Descriptor, level: u8, rip: u64) {
+    let mut cs = code.segment();
+    cs.selector = cs.selector & !3 | u16::from(level);
+    cs.rights.0 |= Rights::ACCESSED;
+    *cpu.segment_mut(SegmentRegister::Cs) = cs;
+    cpu.cpl = level;
+    cpu.rip = rip;
+    let mut clear = rflags::TF | rflags::NT | rflags::RF | rflags::VM;
+    // Types of interrupt gates are even, those of trap gates odd.
+    if gate.rights().kind() & 1 == 0 {
+        clear |= rflags::IF;
+    }
+    cpu.rflags &= !clear;
+}
+
+/// Protected and virtual-8086 mode.
+fn deliver_protected<E: Environment>(core: &mut Core<'_, E>, plan: &Plan) -> Result<(), Fault> {
+    let gate = gate(core, plan)?;
+    if gate.rights().kind() == system_type::TASK_GATE {
+        return transfer_task::switch(
+            core,
+            TaskSwitch::Event {
+                error: plan.error,
+                rip: plan.rip,
+                flags: plan.flags,
+                ext: plan.ext,
+            },
+            gate.gate_selector(),
+        );
+    }
+    let (code, level) = handler_segment(core, plan, gate.gate_selector())?;
+    let wide = gate.rights().kind() & 8 != 0;
+    let size = if wide { 4 } else { 2 };
+    let rip = gate.gate_offset() & if wide { 0xffff_ffff } else { 0xffff };
+    if rip > u64::from(code.limit()) {
+        return Err(Exception::general_protection(plan.ext).into());
+    }
+    let cpu = &core.cpu;
+    let virtual_mode = cpu.mode() == Mode::Virtual8086;
+    let selector = |s| u64::from(cpu.segment(s).selector);
+    let mut frame = [0; 10];
+    let mut n = 0;
+    let mut add = |value| {
+        frame[n] = value;
+        n += 1;
+    };
+    let inner = level != cpu.cpl();
+    if inner {
+        if virtual_mode {
+            use SegmentRegister::{Ds, Es, Fs, Gs};
+            [Gs, Fs, Ds, Es].into_iter().for_each(|s| add(selector(s)));
+        }
+        add(selector(SegmentRegister::Ss));
+        add(cpu.gpr(Gpr::Rsp));
+    }
+    add(plan.flags);
+    add(selector(SegmentRegister::Cs));
+    add(plan.rip);
+    if let Some(error) = plan.error {
+        add(u64::from(error));
+    }
+    let mut stack = if inner {
+        let (segment, pointer) = transfer_stack::inner_stack(core, level, plan.ext)?;
+        let error = selector_error(segment.selector) | plan.ext;
+        Stack::in_segment(core.cpu, segment, pointer, level, error)
+    } else {
+        let mut stack = Stack::current(core.cpu);
+        stack.error = plan.ext;
+        stack
+    };
+    stack.push_all(core, size, &frame[..n])?;
+    descriptors::mark_accessed(core, &code)?;
+    let cpu = &mut *core.cpu;
+    if inner {
+        *cpu.segment_mut(SegmentRegister::Ss) = stack.segment;
+        if virtual_mode {
+            use SegmentRegister::{Ds, Es, Fs, Gs};
+            for s in [Es, Ds, Fs, Gs] {
+                *cpu.segment_mut(s) = Segment::null(0);
+            }
+        }
+    }
+    stack.commit_pointer(cpu);
+    enter_handler(cpu, &gate, &code, level, rip);
+    Ok(())
+}
+
+/// Long mode (SDM vol. 3, 6.14).
+fn deliver_long<E: Environment>(core: &mut Core<'_, E>, plan: &Plan) -> Result<(), Fault> {
+    let gate = gate(core, plan)?;
+    let (code, level) = handler_segment(core, plan, gate.gate_selector())?;
+    let rip = gate.gate_offset();
+    if !CpuState::is_canonical(rip) {
+        return Err(Exception::general_protection(plan.ext).into());
+    }
+    let ist = (gate.raw >> 32 & 7) as u8;
+    let inner = level != core.cpu.cpl();
+    let top = if ist != 0 {
+        transfer_stack::interrupt_stack(core, ist, plan.ext)?
+    } else if inner {
+        transfer_stack::inner_pointer(core, level, plan.ext)?
+    } else {
+        core.cpu.gpr(Gpr::Rsp)
+    };
+    let mut stack = Stack::long(core.cpu, top & !15, level);
+    stack.error = plan.ext;
+    let cpu = &core.cpu;
+    let frame = [
+        u64::from(cpu.ss().selector),
+        cpu.gpr(Gpr::Rsp),
+        plan.flags,
+        u64::from(cpu.cs().selector),
+        plan.rip,
+        u64::from(plan.error.unwrap_or(0)),
+    ];
+    let n = if plan.error.is_some() { 6 } else { 5 };
+    stack.push_all(core, 8, &frame[..n])?;
+    descriptors::mark_accessed(core, &code)?;
+    let cpu = &mut *core.cpu;
+    if inner {
+        *cpu.segment_mut(SegmentRegister::Ss) = transfer_stack::null_stack_segment(level);
+    }
+    cpu.set_gpr(Gpr::Rsp, stack.pointer);
+    enter_handler(cpu, &gate, &code, level, rip);
+    Ok(())
+}
+
+/// INT n, INT3, INTO: delivers and leaves RIP at the handler.
+///
+/// # Errors
+/// What the delivery raises.
+pub fn software_interrupt<E: Environment>(
+    core: &mut Core<'_, E>,
+    vector: u8,
+    len: usize,
+) -> Result<(), Fault> {
+    deliver(
+        core,
+        Event::SoftwareInterrupt {
+            vector,
+            len: len as u8,
+        },
+    )
+}
+
+/// Whether the processor is in protected mode, where gates and descriptors are used.
+pub(super) fn is_protected(cpu: &CpuState) -> bool {
+    cpu.cr0 & cr0::PE != 0 && cpu.rflags & rflags::VM == 0
+}

@@ -11,6 +11,26 @@ mod host;
 pub mod control;
 mod bits;
 pub mod events;
+mod events_return;
+mod io;
+mod segments;
+mod segments_descriptor;
+mod segments_load;
+pub mod stack_access;
+mod syscall;
+mod system;
+mod system_control;
+mod system_debug;
+mod system_flags;
+mod system_translation;
+mod transfer;
+mod transfer_return;
+mod transfer_stack;
+mod transfer_task;
+pub mod xstate;
+mod xstate_image;
+
+pub use system::{execute, handles};
 
 /// What follows an instruction that completed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -28,8 +48,3 @@ pub enum Flow {
 
 /// The result of one instruction.
 pub type Executed = Result<Flow, Fault>;
-
-/// Stub until the system instructions land.
-pub fn handles(_i: &iced_x86::Instruction) -> bool { false }
-/// Stub.
-pub fn execute<E: crate::env::Environment>(_c: &mut crate::access::Core<'_, E>, _i: &iced_x86::Instruction) -> Executed { Err(trapline_x86::Exception::invalid_opcode().into()) }
