@@ -181,7 +181,8 @@ pub fn supports(instruction: &Instruction) -> bool {
 }
 
 /// Executes `thunk` on `cpu`. On a fault guest registers and memory are unchanged, except that
-/// MXCSR has the flags of an unmasked SIMD exception. RIP is not advanced in either case.
+/// MXCSR has the flags of an unmasked SIMD exception (and the x87 tags are valid if that came from a
+/// conversion with an MMX register, where the processor does so). RIP is not advanced in either case.
 ///
 /// Alignment checking (RFLAGS.AC) and RFLAGS.TF are not in force meanwhile. If the instruction is
 /// x87 with a memory operand, the image's FDP becomes 0.

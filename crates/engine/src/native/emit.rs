@@ -410,6 +410,13 @@ impl Emitter<'_> {
         if self.union.mxcsr {
             // An unmasked SIMD exception has set its flags.
             self.put(Instruction::with1(Code::Stmxcsr_m32, self.field(MXCSR))?)?;
+            if self.union.x87 {
+                // A conversion between MMX and XMM registers may have begun to use the former.
+                self.put(Instruction::with1(
+                    Code::Fxsave64_m512byte,
+                    self.field(X87),
+                )?)?;
+            }
         }
         self.leave()?;
         self.put(Instruction::with(Code::Retnq))

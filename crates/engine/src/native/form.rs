@@ -110,7 +110,7 @@ impl Form {
             form.vector_used &= 0xff;
             form.vector_written &= 0xff;
         }
-        form.mxcsr = form.vector_used != 0 && may_use_mxcsr(normal.mnemonic());
+        form.mxcsr = may_use_mxcsr(&form);
         form.flags()?;
         Some(form)
     }
@@ -208,17 +208,18 @@ impl Form {
         if (instruction.rflags_read() | instruction.rflags_modified()) & other != 0 {
             return None;
         }
-        self.flags_out = status(instruction.rflags_modified()) != 0;
+        // What a shift does depends on its count: nothing if that is 0, and a rotation through CF by
+        // a multiple of the width plus one may still change OF.
+        let shift = shifts(instruction.mnemonic());
+        self.flags_out = shift || status(instruction.rflags_modified()) != 0;
         self.flags_in = status(instruction.rflags_read());
         if self.flags_out {
-            self.flags_determined = status(
-                instruction.rflags_written()
+            if !shift {
+                let determined = instruction.rflags_written()
                     | instruction.rflags_set()
-                    | instruction.rflags_cleared(),
-            ) & !status(instruction.rflags_undefined());
-            // A shift by CL changes no flag when CL is 0.
-            if instruction.op_kinds().len() >= 2 && shifts(instruction.mnemonic()) {
-                self.flags_determined = 0;
+                    | instruction.rflags_cleared();
+                self.flags_determined =
+                    status(determined) & !status(instruction.rflags_undefined());
             }
             self.flags_in |= STATUS & !self.flags_determined;
         }
@@ -522,11 +523,9 @@ fn is_base_mnemonic(mnemonic: Mnemonic) -> bool {
     )
 }
 
-/// Whether an instruction with vector registers may read MXCSR or set its flags. Generous: no for
-/// moves, integer, bitwise and shuffling instructions only.
-fn may_use_mxcsr(mnemonic: Mnemonic) -> bool {
-    let name = format!("{mnemonic:?}");
-    let bare = name.strip_prefix('V').unwrap_or(&name).to_ascii_lowercase();
+/// Whether the instruction may read MXCSR or set its flags. Generous: no for moves, integer, bitwise
+/// and shuffling instructions only.
+fn may_use_mxcsr(form: &Form) -> bool {
     const NEVER: [&str; 27] = [
         "p",
         "mov",
@@ -556,5 +555,9 @@ fn may_use_mxcsr(mnemonic: Mnemonic) -> bool {
         "sm4",
         "mpsad",
     ];
-    !NEVER.iter().any(|prefix| bare.starts_with(prefix))
+    let name = format!("{:?}", form.instruction.mnemonic()).to_ascii_lowercase();
+    let bare = name.strip_prefix('v').unwrap_or(&name);
+    // A conversion from memory to a general-purpose register uses no vector register.
+    (form.vector_used != 0 || form.mask_used != 0 || bare.starts_with("cvt"))
+        && !NEVER.iter().any(|prefix| bare.starts_with(prefix))
 }
