@@ -183,7 +183,7 @@ fn encode(mode: u8, value: u32) -> u8 {
     if mode & BINARY != 0 {
         value as u8
     } else {
-        (value / 10 % 10 << 4 | value % 10) as u8
+        (((value / 10 % 10) << 4) | (value % 10)) as u8
     }
 }
 

@@ -122,7 +122,7 @@ impl PortDevice for Pit {
                 let gated = &state.counters[2];
                 u8::from(gated.gate())
                     | u8::from(state.speaker) << 1
-                    | u8::from(now / REFRESH % 2 != 0) << 4
+                    | ((now / REFRESH) as u8 & 1) << 4
                     | u8::from(gated.output(now)) << 5
             }
             _ => 0xff,
