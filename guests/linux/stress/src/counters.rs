@@ -53,17 +53,27 @@ const LOCK_BIT: u64 = 200;
 /// The increment of the 128-bit counter: every addition carries into both halves in time.
 const STEP: u128 = 0x1_8000_0000_0000_0001;
 
+/// Rounds after which the threads wait for each other: left alone, each might do all its work
+/// while the others are not running.
+const MEET: u32 = 250;
+
 pub fn run(load: Load) -> Result<Outcome, String> {
     let counters = Counters::default();
     let verdict = Verdict::default();
     let total = u64::from(load.rounds) * u64::from(load.threads);
     let old_sum = AtomicU64::new(0);
+    let arrived = AtomicU32::new(0);
     std::thread::scope(|scope| {
         for thread in 0..load.threads {
-            let (counters, verdict, old_sum) = (&counters, &verdict, &old_sum);
+            let (counters, verdict, old_sum, arrived) = (&counters, &verdict, &old_sum, &arrived);
             scope.spawn(move || {
                 let mut sum = 0_u64;
                 for round in 0..load.rounds {
+                    if round % MEET == 0 {
+                        arrived.fetch_add(1, Ordering::AcqRel);
+                        let all = (round / MEET + 1) * load.threads;
+                        verdict.wait(|| arrived.load(Ordering::Acquire) >= all);
+                    }
                     sum = sum.wrapping_add(one(counters, verdict, thread, round));
                     if verdict.has_failed() {
                         return;

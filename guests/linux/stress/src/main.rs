@@ -33,7 +33,7 @@ Runs the named checks, or all of them.
   --percent N   rounds of every check, in percent of its own default [100]
   --rounds N    rounds of every check
   --seconds N   repeat the checks until this time has passed
-  --timeout N   seconds after which a single check counts as hung [900]
+  --timeout N   seconds after which a single check counts as hung [600]
   --list        print the names and default rounds, and leave
 ";
 
@@ -156,7 +156,7 @@ fn options(arguments: impl Iterator<Item = String>) -> Result<Option<Options>, S
         percent: 100,
         rounds: None,
         seconds: 0,
-        timeout: 900,
+        timeout: 600,
         names: Vec::new(),
     };
     let mut arguments = arguments;

@@ -161,18 +161,40 @@ pub fn send(thread: i32, signal: i32) -> bool {
     unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), thread, signal) == 0 }
 }
 
-/// Starts (or with 0 ends) a periodic SIGALRM; the period is in microseconds.
-pub fn periodic_alarm(period: i64) {
-    let time = libc::timeval {
-        tv_sec: 0,
-        tv_usec: period,
-    };
-    let timer = libc::itimerval {
-        it_interval: time,
-        it_value: time,
-    };
-    // SAFETY: the structure is alive and the old value is not asked for.
-    unsafe { libc::setitimer(libc::ITIMER_REAL, &timer, ptr::null_mut()) };
+/// A timer that sends SIGALRM to the thread that made it, again and again until it is dropped.
+pub struct Alarm(libc::timer_t);
+
+impl Alarm {
+    /// Starts it; the period is in nanoseconds.
+    pub fn every(period: i64) -> io::Result<Self> {
+        // SAFETY: a zeroed structure is a valid one.
+        let mut event: libc::sigevent = unsafe { MaybeUninit::zeroed().assume_init() };
+        event.sigev_notify = libc::SIGEV_THREAD_ID;
+        event.sigev_signo = libc::SIGALRM;
+        event.sigev_notify_thread_id = thread_number();
+        let mut timer = ptr::null_mut();
+        // SAFETY: both structures are alive.
+        checked(unsafe { libc::timer_create(libc::CLOCK_MONOTONIC, &mut event, &mut timer) })?;
+        let alarm = Self(timer);
+        let time = libc::timespec {
+            tv_sec: 0,
+            tv_nsec: period,
+        };
+        let periodic = libc::itimerspec {
+            it_interval: time,
+            it_value: time,
+        };
+        // SAFETY: a live timer, and the old value is not asked for.
+        checked(unsafe { libc::timer_settime(timer, 0, &periodic, ptr::null_mut()) })?;
+        Ok(alarm)
+    }
+}
+
+impl Drop for Alarm {
+    fn drop(&mut self) {
+        // SAFETY: the timer is this value's own.
+        unsafe { libc::timer_delete(self.0) };
+    }
 }
 
 /// A handler that is told the signal and may change the interrupted thread's registers.

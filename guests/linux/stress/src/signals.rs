@@ -1,7 +1,7 @@
 //! Signals: what they interrupt goes on as if nothing had been.
 
 use std::arch::{asm, global_asm};
-use std::cell::UnsafeCell;
+use std::cell::{Cell, UnsafeCell};
 use std::sync::atomic::{AtomicI32, AtomicU32, AtomicU64, Ordering};
 
 use crate::Load;
@@ -9,38 +9,45 @@ use crate::bracket::{Line, Outcome, Verdict, mix};
 use crate::os::{self, Context, Mapping};
 use crate::registers::{self, Width};
 
-/// Alarms that were handled.
-static ALARMS: AtomicU32 = AtomicU32::new(0);
+/// Nanoseconds between two alarms of a thread.
+const PERIOD: i64 = 4_000_000;
+
+thread_local! {
+    /// Alarms that this thread has handled.
+    static ALARMS: Cell<u32> = const { Cell::new(0) };
+}
 
 extern "C" fn on_alarm(_: i32, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
     registers::clobber(Width::detect());
-    ALARMS.fetch_add(1, Ordering::Relaxed);
+    ALARMS.set(ALARMS.get() + 1);
 }
 
-/// Threads hold values in all registers until a timer has interrupted them often enough, by a
-/// handler that destroys all vector registers.
+/// Each thread holds values in all registers until a timer of its own has interrupted it often
+/// enough, by a handler that destroys all vector registers.
 pub fn timer(load: Load) -> Result<Outcome, String> {
     let verdict = Verdict::default();
     let width = Width::detect();
-    ALARMS.store(0, Ordering::Relaxed);
     os::handle(libc::SIGALRM, on_alarm);
-    os::periodic_alarm(4_000);
     std::thread::scope(|scope| {
         for thread in 0..u64::from(load.threads) {
             let verdict = &verdict;
             scope.spawn(move || {
+                let alarm = match os::Alarm::every(PERIOD) {
+                    Ok(alarm) => alarm,
+                    Err(error) => return verdict.fail(format!("no timer: {error}")),
+                };
                 let mut round = 0;
-                while ALARMS.load(Ordering::Relaxed) < load.rounds && !verdict.has_failed() {
+                while ALARMS.get() < load.rounds && !verdict.has_failed() {
                     let seed = thread << 32 | round;
                     if let Err(message) = registers::hold(width, seed, 50_000, false) {
                         verdict.fail(format!("thread {thread}, round {round}: {message}"));
                     }
                     round += 1;
                 }
+                drop(alarm);
             });
         }
     });
-    os::periodic_alarm(0);
     verdict.finish(mix(u64::from(load.rounds) << 32 | u64::from(load.threads)))
 }
 
@@ -52,7 +59,7 @@ static ASTRAY: AtomicU32 = AtomicU32::new(0);
 
 thread_local! {
     /// The place in the ring, and the alternate stack's first and last byte.
-    static PLACE: std::cell::Cell<(usize, usize, usize)> = const { std::cell::Cell::new((0, 0, 0)) };
+    static PLACE: Cell<(usize, usize, usize)> = const { Cell::new((0, 0, 0)) };
 }
 
 extern "C" fn on_message(_: i32, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
