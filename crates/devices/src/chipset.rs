@@ -40,8 +40,8 @@ pub struct ChipsetConfig {
 
 /// The board.
 pub struct Chipset {
-    ports: PortBus,
-    mmio: MmioBus,
+    ports: Arc<PortBus>,
+    mmio: Arc<MmioBus>,
     timers: Arc<Timers>,
     apics: Arc<LocalApics>,
     io_apic: Arc<IoApic>,
@@ -86,8 +86,8 @@ impl Chipset {
         ));
         let chipset_events = Arc::clone(&events);
         let mut chipset = Self {
-            ports: PortBus::new(),
-            mmio: MmioBus::new(),
+            ports: Arc::default(),
+            mmio: Arc::default(),
             pit: Pit::new(&timers, lines.clone()),
             serial: SerialLine::new(serial_output, lines.clone()),
             power: Arc::new(PowerManagement::new(time, lines, Arc::clone(&events))),
@@ -109,7 +109,7 @@ impl Chipset {
         events: Arc<dyn SystemEvents>,
         debug_console: Option<Box<dyn Write + Send>>,
     ) -> Result<(), BusError> {
-        let ports = &mut self.ports;
+        let mut ports = PortBus::new();
         ports.register(&Pic::PORTS, Arc::clone(&self.pic) as _)?;
         ports.register(&Pit::PORTS, Arc::clone(&self.pit) as _)?;
         ports.register(&[SerialLine::PORTS], Arc::clone(&self.serial) as _)?;
@@ -121,16 +121,19 @@ impl Chipset {
         if let Some(sink) = debug_console {
             ports.register(&DebugConsole::PORTS, Arc::new(DebugConsole::new(sink)))?;
         }
-        self.mmio.register(
+        let mut mmio = MmioBus::new();
+        mmio.register(
             "local APIC",
             local_apic::PAGE..local_apic::PAGE + 0x1000,
             Arc::new(LocalApicPage::new(Arc::clone(&self.apics))),
         )?;
-        self.mmio.register(
+        mmio.register(
             "I/O APIC",
             io_apic::BASE..io_apic::BASE + io_apic::LENGTH,
             Arc::clone(&self.io_apic) as _,
         )?;
+        self.ports = Arc::new(ports);
+        self.mmio = Arc::new(mmio);
         Ok(())
     }
 
@@ -150,12 +153,12 @@ impl Chipset {
     }
 
     #[must_use]
-    pub fn ports(&self) -> &PortBus {
+    pub fn ports(&self) -> &Arc<PortBus> {
         &self.ports
     }
 
     #[must_use]
-    pub fn mmio(&self) -> &MmioBus {
+    pub fn mmio(&self) -> &Arc<MmioBus> {
         &self.mmio
     }
 

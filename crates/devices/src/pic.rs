@@ -408,6 +408,17 @@ mod tests {
     }
 
     #[test]
+    fn the_cascade_nests_only_in_its_special_mode() {
+        for (mode, nests) in [(1, false), (0x11, true)] {
+            let (pic, local) = board(mode);
+            pic.set_line(12, true);
+            assert_eq!(local.acknowledge(), Some(0x3c));
+            pic.set_line(8, true);
+            assert_eq!(local.pending(), nests);
+        }
+    }
+
+    #[test]
     fn polling_acknowledges() {
         let (pic, local) = board(1);
         pic.set_line(6, true);
