@@ -17,7 +17,7 @@ pub fn archive(busybox: &Path, stress: &Path, with: Option<&Path>) -> Result<Vec
     let applets = project::output(Command::new(busybox).arg("--list"))
         .with_context(|| format!("{} cannot list its applets", busybox.display()))?;
     for needed in [
-        "sh", "mount", "setsid", "cttyhack", "poweroff", "reboot", "dd",
+        "sh", "mount", "setsid", "cttyhack", "poweroff", "reboot", "nproc",
     ] {
         if !applets.lines().any(|applet| applet == needed) {
             bail!(

@@ -176,8 +176,10 @@ fn one(counters: &Counters, verdict: &Verdict, thread: u32, round: u32) -> u64 {
     // A bit of one's own among the bits of others.
     let bits = counters.bits.address().cast();
     let own = u64::from(thread % 64);
-    if cpu::locked_set_bit(bits, own) || !cpu::locked_clear_bit(bits, own) {
-        verdict.fail(format!("thread {thread} lost its own bit in round {round}"));
+    for _ in 0..4 {
+        if cpu::locked_set_bit(bits, own) || !cpu::locked_clear_bit(bits, own) {
+            verdict.fail(format!("thread {thread} lost its own bit in round {round}"));
+        }
     }
 
     while counters.lock.0.swap(1, Ordering::Acquire) != 0 {

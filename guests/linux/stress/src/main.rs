@@ -35,6 +35,7 @@ Runs the named checks, or all of them.
   --seconds N   repeat the checks until this time has passed
   --timeout N   seconds after which a single check counts as hung [600]
   --list        print the names and default rounds, and leave
+  --debug-exit V  run nothing; write V to the debug-exit port 0xf4, which ends the machine
 ";
 
 /// What a check is told.
@@ -175,6 +176,13 @@ fn options(arguments: impl Iterator<Item = String>) -> Result<Option<Options>, S
             "--percent" => options.percent = number(1, 1_000_000)?,
             "--rounds" => options.rounds = Some(number(1, u32::MAX)?),
             "--seconds" => options.seconds = number(0, u32::MAX)?.into(),
+            "--debug-exit" => {
+                let value = number(0, 255)? as u8;
+                let refused = os::debug_exit(value);
+                return Err(format!(
+                    "the machine goes on after the debug exit: {refused}"
+                ));
+            }
             "--timeout" => options.timeout = number(1, u32::MAX)?.into(),
             "--help" | "-h" => {
                 print!("{USAGE}");
