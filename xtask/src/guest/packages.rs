@@ -35,7 +35,8 @@ pub fn kernel(cache: &Path, refresh: bool) -> Result<()> {
         return Ok(());
     }
     let advice = "name a kernel image with `--kernel PATH`";
-    let fetched = fetch(cache, newest_kernel).with_context(|| format!("no kernel; {advice}"))?;
+    let fetched =
+        fetch(cache, refresh, newest_kernel).with_context(|| format!("no kernel; {advice}"))?;
     let boot = fetched.folder.join("boot");
     let image = find(&boot, "vmlinuz-")
         .with_context(|| format!("package {} has no /boot/vmlinuz; {advice}", fetched.package))?;
@@ -63,7 +64,7 @@ pub fn busybox(cache: &Path, refresh: bool) -> Result<()> {
         return Ok(());
     }
     let advice = "name a statically linked one with `--busybox PATH`";
-    let fetched = fetch(cache, |apt| {
+    let fetched = fetch(cache, refresh, |apt| {
         apt.show("busybox-static")
             .map(|_| "busybox-static".to_owned())
     })
@@ -108,8 +109,9 @@ impl Fetched {
     }
 }
 
-/// Fetches and unpacks the package that `choose` names, with the system's lists or with our own.
-fn fetch(cache: &Path, choose: impl Fn(&Apt) -> Result<String>) -> Result<Fetched> {
+/// Fetches and unpacks the package that `choose` names, with the system's lists or, for the very
+/// newest, with our own.
+fn fetch(cache: &Path, newest: bool, choose: impl Fn(&Apt) -> Result<String>) -> Result<Fetched> {
     let attempt = |apt: &Apt| {
         let package = choose(apt)?;
         let file = apt.download(&package, &cache.join("packages"))?;
@@ -125,11 +127,13 @@ fn fetch(cache: &Path, choose: impl Fn(&Apt) -> Result<String>) -> Result<Fetche
             folder,
         })
     };
-    let first = match attempt(&Apt::system()) {
-        Ok(fetched) => return Ok(fetched),
-        Err(error) => error,
-    };
-    println!("guest: the system's package lists do not do ({first:#}); fetching lists of our own");
+    if !newest {
+        match attempt(&Apt::system()) {
+            Ok(fetched) => return Ok(fetched),
+            Err(error) => println!("guest: the system's package lists do not do: {error:#}"),
+        }
+    }
+    println!("guest: fetching package lists");
     let apt = Apt::private(&cache.join("apt"))?;
     attempt(&apt)
 }
@@ -246,9 +250,12 @@ impl Apt {
         Ok(description)
     }
 
-    /// Downloads a package into the folder and gives the file's path. A file that is already there
-    /// is checked by apt and not fetched again.
+    /// Downloads a package into the folder, where no other version of it stays, and gives the file's
+    /// path.
     fn download(&self, package: &str, folder: &Path) -> Result<PathBuf> {
+        while let Some(old) = find(folder, &format!("{package}_")) {
+            fs::remove_file(&old).with_context(|| format!("cannot remove {}", old.display()))?;
+        }
         fs::create_dir_all(folder)
             .with_context(|| format!("cannot create {}", folder.display()))?;
         println!("guest: fetching {package}");
