@@ -150,6 +150,10 @@ pub fn raise<E: Environment>(core: &mut Core<'_, E>, event: Event) -> Result<Del
             Err(Fault::Restart) => return Err(Restart),
             Err(Fault::Exception(e)) => e,
         };
+        // A page fault sets CR2 even where a double fault takes its place.
+        if let Some(linear) = second.cr2 {
+            core.cpu.cr2 = linear;
+        }
         let Event::Exception(first) = event else {
             event = Event::Exception(second);
             continue;

@@ -11,24 +11,34 @@ mod host;
 pub mod control;
 mod bits;
 pub mod events;
+#[cfg(test)]
+mod events_tests;
 mod events_return;
 mod io;
 mod segments;
 mod segments_descriptor;
 mod segments_load;
+#[cfg(test)]
+mod segments_tests;
 pub mod stack_access;
 mod syscall;
 mod system;
 mod system_control;
 mod system_debug;
 mod system_flags;
+#[cfg(test)]
+mod system_tests;
 mod system_translation;
 mod transfer;
 mod transfer_return;
 mod transfer_stack;
 mod transfer_task;
+#[cfg(test)]
+mod tests_support;
 pub mod xstate;
 mod xstate_image;
+#[cfg(test)]
+mod xstate_tests;
 
 pub use system::{execute, handles};
 

@@ -1,0 +1,447 @@
+//! Delivery of events and returns from them, in every mode.
+
+use trapline_x86::control::{dr6, dr7, rflags};
+use trapline_x86::segment::Rights;
+use trapline_x86::state::{Activity, InterruptShadow};
+use trapline_x86::{Exception, Gpr, Mode, Segment, SegmentRegister, Vector};
+
+use super::events::{Delivered, Event};
+use super::tests_support::*;
+use super::{Flow, transfer_return::virtual_segment};
+use crate::access::Fault;
+use crate::env::Restart;
+use crate::tlb::Privilege;
+
+const IRETQ: &[u8] = &[0x48, 0xcf];
+const IRETD: &[u8] = &[0xcf];
+
+fn handler(vector: u64) -> u64 {
+    HANDLER + 16 * vector
+}
+
+#[test]
+fn real_mode_uses_the_vector_table() {
+    let mut rig = Rig::real();
+    rig.write16(4 * 0x21, 0x1234);
+    rig.write16(4 * 0x21 + 2, 0x0800);
+    rig.cpu.rflags |= rflags::IF | rflags::TF | rflags::CF;
+    let flags = rig.cpu.rflags;
+    assert_eq!(rig.run(&[0xcd, 0x21]), Ok(Flow::Jump));
+    assert_eq!(
+        (rig.cs(), rig.cpu.cs().base, rig.cpu.rip),
+        (0x800, 0x8000, 0x1234)
+    );
+    assert_eq!(rig.cpu.rflags, flags & !(rflags::IF | rflags::TF));
+    assert_eq!(rig.rsp(), 0xeffa);
+    assert_eq!(u64::from(rig.read16(0xeffa)), CODE + 2);
+    assert_eq!(rig.read16(0xeffc), 0);
+    assert_eq!(u64::from(rig.read16(0xeffe)), flags);
+    assert_eq!(rig.run(IRETD), Ok(Flow::Jump));
+    assert_eq!((rig.cs(), rig.cpu.rip, rig.rsp()), (0, CODE + 2, 0xf000));
+    assert_eq!(rig.cpu.rflags, flags);
+}
+
+#[test]
+fn a_sixteen_bit_stack_wraps() {
+    let mut rig = Rig::real();
+    rig.cpu.set_gpr(Gpr::Rsp, 0x5_0002);
+    rig.write16(4 * 3, 0x1000);
+    assert_eq!(rig.run(&[0xcc]), Ok(Flow::Jump));
+    assert_eq!(rig.rsp(), 0x5_fffc);
+    assert_eq!(u64::from(rig.read16(0xfffc)), CODE + 1);
+    assert_eq!(u64::from(rig.read16(0)), rflags::ONE);
+}
+
+#[test]
+fn an_interrupt_from_user_code_switches_stacks() {
+    let mut rig = Rig::long();
+    rig.set_level(3);
+    rig.cpu.rflags |= rflags::IF | rflags::TF | rflags::NT;
+    let flags = rig.cpu.rflags;
+    rig.cpu.shadow = InterruptShadow::Sti;
+    rig.cpu.activity = Activity::Halted;
+    assert_eq!(rig.raise(Event::Interrupt(0x30)), Ok(Delivered::Handler));
+    assert_eq!((rig.cs(), rig.ss(), rig.cpu.cpl), (KERNEL_CS, 0, 0));
+    assert!(rig.cpu.ss().rights.is_unusable());
+    assert_eq!(rig.cpu.rip, handler(0x30));
+    // The pointer in the TSS is rounded down to 16 bytes.
+    let rsp = (STACK0 & !15) - 40;
+    assert_eq!(rig.rsp(), rsp);
+    let saved = [0, 8, 16, 24, 32].map(|at| rig.read64(rsp + at));
+    let expected = [CODE, u64::from(USER_CS), flags, STACK, u64::from(USER_SS)];
+    assert_eq!(saved, expected);
+    assert_eq!(rig.cpu.rflags, rflags::ONE);
+    assert_eq!(
+        (rig.cpu.shadow, rig.cpu.activity),
+        (InterruptShadow::None, Activity::Active)
+    );
+
+    assert_eq!(rig.run(IRETQ), Ok(Flow::Jump));
+    assert_eq!((rig.cs(), rig.ss(), rig.cpu.cpl), (USER_CS, USER_SS, 3));
+    assert_eq!(
+        (rig.cpu.rip, rig.rsp(), rig.cpu.rflags),
+        (CODE, STACK, flags)
+    );
+}
+
+#[test]
+fn an_exception_pushes_its_error_code_and_sets_rf_and_cr2() {
+    let mut rig = Rig::long();
+    let rsp = STACK - 3;
+    rig.cpu.set_gpr(Gpr::Rsp, rsp);
+    let e = Exception::page_fault(0xdead_b000, 2);
+    assert_eq!(rig.raise(Event::Exception(e)), Ok(Delivered::Handler));
+    assert_eq!(rig.cpu.cr2, 0xdead_b000);
+    let frame = (rsp & !15) - 48;
+    assert_eq!(rig.rsp(), frame);
+    assert_eq!(rig.read64(frame), 2);
+    assert_eq!(rig.read64(frame + 24), rflags::ONE | rflags::RF);
+    assert_eq!(rig.read64(frame + 32), rsp);
+    assert_eq!(rig.cpu.rflags & rflags::RF, 0);
+    assert_eq!(
+        rig.ss(),
+        KERNEL_SS,
+        "without a change of privilege SS stays"
+    );
+}
+
+#[test]
+fn an_interrupt_stack_entry_wins() {
+    let mut rig = Rig::long();
+    rig.set_gate(2, 0xffff_8000_0000_1000, 0x8e, 1);
+    assert_eq!(rig.raise(Event::Nmi), Ok(Delivered::Handler));
+    assert_eq!(rig.rsp(), STACK_IST - 40);
+    assert_eq!(rig.cpu.rip, 0xffff_8000_0000_1000);
+    assert!(rig.cpu.nmi_blocked);
+    assert_eq!(rig.run(IRETQ), Ok(Flow::Jump));
+    assert!(!rig.cpu.nmi_blocked);
+}
+
+#[test]
+fn trap_gates_leave_interrupts_enabled() {
+    let mut rig = Rig::long();
+    rig.set_gate(0x80, 0x7000, 0xef, 0);
+    rig.set_level(3);
+    rig.cpu.rflags |= rflags::IF;
+    assert_eq!(rig.run(&[0xcd, 0x80]), Ok(Flow::Jump));
+    assert_eq!((rig.cpu.rip, rig.cpu.interrupts_enabled()), (0x7000, true));
+    assert_eq!(rig.read64(rig.rsp()), CODE + 2);
+}
+
+#[test]
+fn user_code_needs_permission_for_software_interrupts() {
+    let mut rig = Rig::long();
+    rig.set_level(3);
+    let error = 0x80 << 3 | 2;
+    assert_eq!(
+        rig.run(&[0xcd, 0x80]),
+        raises(Exception::general_protection(error))
+    );
+    // A hardware interrupt needs none; a gate that is missing is the kernel's fault.
+    rig.set_gate(0x80, 0x7000, 0x6e, 0);
+    assert_eq!(
+        rig.run(&[0xcd, 0x80]),
+        raises(Exception::segment_not_present(error))
+    );
+    rig.set_gate(0x80, 0x7000, 0x8c, 0);
+    assert_eq!(
+        rig.run(&[0xcd, 0x80]),
+        raises(Exception::general_protection(error))
+    );
+}
+
+#[test]
+fn system_structures_are_read_as_supervisor_and_the_stack_as_its_level() {
+    let mut rig = Rig::long();
+    rig.set_level(3);
+    assert_eq!(rig.raise(Event::Interrupt(0x30)), Ok(Delivered::Handler));
+    assert!(
+        rig.env
+            .privileges
+            .iter()
+            .all(|(_, p)| *p != Privilege::User)
+    );
+    rig.env.privileges.clear();
+    rig.set_level(3);
+    rig.cpu.set_gpr(Gpr::Rsp, STACK);
+    rig.frame(8, &[u64::from(USER_SS), STACK, 2, u64::from(USER_CS), CODE]);
+    assert_eq!(rig.run(IRETQ), Ok(Flow::Jump));
+    for (linear, privilege) in &rig.env.privileges {
+        let table = (GDT..GDT + 0x1000).contains(linear);
+        assert_eq!(*privilege == Privilege::User, !table, "{linear:#x}");
+    }
+}
+
+#[test]
+fn a_fault_while_delivering_a_fault_is_a_double_fault() {
+    let mut rig = Rig::long();
+    // #GP whose gate is not present: #NP is contributory too.
+    rig.set_gate(13, 0, 0x0e, 0);
+    let e = Exception::general_protection(0);
+    assert_eq!(rig.raise(Event::Exception(e)), Ok(Delivered::Handler));
+    assert_eq!(rig.cpu.rip, handler(8));
+    assert_eq!(rig.read64(rig.rsp()), 0);
+    assert_eq!(rig.read64(rig.rsp() + 8), CODE);
+}
+
+#[test]
+fn a_page_fault_while_delivering_a_benign_event_is_delivered() {
+    let mut rig = Rig::long();
+    rig.set_gate(14, handler(14), 0x8e, 1);
+    rig.cpu.set_gpr(Gpr::Rsp, 0x6_0000);
+    rig.env.absent.insert(0x5_f000);
+    assert_eq!(rig.raise(Event::Interrupt(0x30)), Ok(Delivered::Handler));
+    assert_eq!((rig.cpu.rip, rig.cpu.cr2), (handler(14), 0x5_ffd8));
+    assert_eq!(rig.read64(rig.rsp() + 8), CODE);
+}
+
+#[test]
+fn a_kernel_stack_overflow_is_a_double_fault_with_its_address() {
+    let mut rig = Rig::long();
+    rig.set_gate(8, handler(8), 0x8e, 1);
+    rig.cpu.set_gpr(Gpr::Rsp, 0x6_0000);
+    rig.env.absent.insert(0x5_f000);
+    let e = Exception::page_fault(0x5_fff0, 2);
+    assert_eq!(rig.raise(Event::Exception(e)), Ok(Delivered::Handler));
+    assert_eq!((rig.cpu.rip, rig.cpu.cr2), (handler(8), 0x5_ffd0));
+    assert_eq!(rig.rsp(), STACK_IST - 48);
+}
+
+#[test]
+fn a_triple_fault_shuts_down_with_the_registers_of_the_fault() {
+    let mut rig = Rig::long();
+    rig.cpu.idtr.limit = 0;
+    let (rip, rsp) = (rig.cpu.rip, rig.rsp());
+    let e = Exception::invalid_opcode();
+    assert_eq!(rig.raise(Event::Exception(e)), Ok(Delivered::TripleFault));
+    assert_eq!(rig.cpu.activity, Activity::Shutdown);
+    assert_eq!((rig.cpu.rip, rig.rsp()), (rip, rsp));
+}
+
+#[test]
+fn a_restart_leaves_everything_for_another_attempt() {
+    let mut rig = Rig::long();
+    rig.env.sensed.insert(STACK - 0x1000);
+    rig.env.restarts = 1;
+    let before = rig.cpu.clone();
+    assert_eq!(rig.raise(Event::Interrupt(0x30)), Err(Restart));
+    assert_eq!(rig.cpu, before);
+    assert_eq!(rig.raise(Event::Interrupt(0x30)), Ok(Delivered::Handler));
+    assert_eq!(rig.cpu.rip, handler(0x30));
+}
+
+#[test]
+fn debug_exceptions_report_in_dr6() {
+    let mut rig = Rig::long();
+    rig.cpu.dr7 |= dr7::GD;
+    // mov rax, dr0
+    let fault = rig.run(&[0x0f, 0x21, 0xc0]);
+    let e = Exception::debug(dr6::BD);
+    assert_eq!(fault, raises(e));
+    assert_eq!(rig.raise(Event::Exception(e)), Ok(Delivered::Handler));
+    assert_eq!(rig.cpu.dr6 & dr6::BD, dr6::BD);
+    assert_eq!(rig.cpu.dr7 & dr7::GD, 0);
+    assert_eq!(rig.read64(rig.rsp() + 16) & rflags::RF, rflags::RF);
+    rig.cpu.rip = CODE;
+    let e = Exception::debug(dr6::BS);
+    assert_eq!(rig.raise(Event::Exception(e)), Ok(Delivered::Handler));
+    assert_eq!(rig.read64(rig.rsp() + 16) & rflags::RF, 0);
+}
+
+#[test]
+fn protected_mode_switches_stacks_too() {
+    let mut rig = Rig::protected();
+    rig.set_level(3);
+    rig.cpu.rflags |= rflags::IF;
+    let e = Exception::general_protection(0x18);
+    assert_eq!(rig.raise(Event::Exception(e)), Ok(Delivered::Handler));
+    assert_eq!((rig.cs(), rig.ss(), rig.cpu.cpl), (KERNEL_CS, KERNEL_SS, 0));
+    let rsp = STACK0 - 24;
+    assert_eq!((rig.cpu.rip, rig.rsp()), (handler(13), rsp));
+    let flags = (rflags::ONE | rflags::IF | rflags::RF) as u32;
+    let expected = [
+        0x18,
+        CODE as u32,
+        u32::from(USER_CS),
+        flags,
+        STACK as u32,
+        u32::from(USER_SS),
+    ];
+    assert_eq!(
+        [0, 4, 8, 12, 16, 20].map(|at| rig.read32(rsp + at)),
+        expected
+    );
+    rig.cpu.set_gpr(Gpr::Rsp, rsp + 4);
+    *rig.cpu.segment_mut(SegmentRegister::Ds) = *rig.cpu.ss();
+    assert_eq!(rig.run(IRETD), Ok(Flow::Jump));
+    assert_eq!(
+        (rig.cs(), rig.ss(), rig.cpu.rip, rig.rsp()),
+        (USER_CS, USER_SS, CODE, STACK)
+    );
+    assert!(
+        rig.cpu.seg[3].rights.is_unusable(),
+        "kernel data is not for user code"
+    );
+    assert!(!rig.cpu.seg[0].rights.is_unusable());
+}
+
+#[test]
+fn sixteen_bit_gates_push_words() {
+    let mut rig = Rig::protected();
+    rig.set_gate(0x40, 0x5_7000, 0x86, 0);
+    assert_eq!(rig.raise(Event::Interrupt(0x40)), Ok(Delivered::Handler));
+    assert_eq!((rig.cpu.rip, rig.rsp()), (0x7000, STACK - 6));
+    assert_eq!(u64::from(rig.read16(STACK - 6)), CODE);
+}
+
+#[test]
+fn virtual_8086_mode_saves_and_drops_its_segments() {
+    let mut rig = Rig::protected();
+    let selectors = [0x100, 0x200, 0x300, 0x400, 0x500, 0x600];
+    for (n, selector) in selectors.into_iter().enumerate() {
+        rig.cpu.seg[n] = virtual_segment(selector);
+    }
+    rig.cpu.rflags |= rflags::VM | rflags::IF;
+    rig.cpu.cpl = 3;
+    rig.cpu.rip = 0x77;
+    rig.cpu.set_gpr(Gpr::Rsp, 0x1000);
+    assert_eq!(rig.cpu.mode(), Mode::Virtual8086);
+    assert_eq!(
+        rig.run(&[0xcd, 0x21]),
+        raises(Exception::general_protection(0))
+    );
+    let flags = rig.cpu.rflags;
+    assert_eq!(rig.raise(Event::Interrupt(0x30)), Ok(Delivered::Handler));
+    let rsp = STACK0 - 36;
+    assert_eq!((rig.cpu.mode(), rig.rsp()), (Mode::Protected32, rsp));
+    let saved: Vec<_> = (0..9).map(|n| rig.read32(rsp + 4 * n)).collect();
+    let expected = [
+        0x77,
+        0x200,
+        flags as u32,
+        0x1000,
+        0x300,
+        0x100,
+        0x400,
+        0x500,
+        0x600,
+    ];
+    assert_eq!(saved, expected);
+    assert!(rig.cpu.seg[0].rights.is_unusable());
+    assert_eq!(rig.run(IRETD), Ok(Flow::Jump));
+    assert_eq!(
+        (rig.cpu.mode(), rig.cpu.rip, rig.rsp()),
+        (Mode::Virtual8086, 0x77, 0x1000)
+    );
+    assert_eq!(rig.cpu.seg.map(|s| s.selector), selectors);
+    assert_eq!((rig.cpu.rflags, rig.cpu.cpl), (flags, 3));
+}
+
+#[test]
+fn iret_checks_where_it_goes() {
+    let mut rig = Rig::long();
+    let frame = |cs: u16, ss: u16, rip: u64| [u64::from(ss), STACK, 2, u64::from(cs), rip];
+    let gp = |selector: u16| raises(Exception::general_protection(u32::from(selector & !3)));
+    let mut case = |cs, ss, rip, expected| {
+        rig.cpu.set_gpr(Gpr::Rsp, STACK);
+        rig.frame(8, &frame(cs, ss, rip));
+        assert_eq!(rig.run(IRETQ), expected, "{cs:#x} {ss:#x} {rip:#x}");
+    };
+    case(0, USER_SS, CODE, gp(0));
+    case(USER_SS, USER_SS, CODE, gp(USER_SS));
+    case(USER_CS & !3, USER_SS, CODE, gp(USER_CS));
+    case(0xff8, USER_SS, CODE, gp(0xff8));
+    case(USER_CS, KERNEL_SS, CODE, gp(KERNEL_SS));
+    case(USER_CS, 0, CODE, gp(0));
+    case(USER_CS, USER_SS, 0x8000_0000_0000, gp(0));
+    case(USER_CS32, USER_SS, CODE, Ok(Flow::Jump));
+    assert_eq!((rig.cpu.mode(), rig.cpu.cpl), (Mode::Protected32, 3));
+}
+
+#[test]
+fn iret_to_kernel_code_takes_a_null_stack_segment() {
+    let mut rig = Rig::long();
+    rig.frame(8, &[0, 0x1_2345, 2, u64::from(KERNEL_CS), CODE]);
+    assert_eq!(rig.run(IRETQ), Ok(Flow::Jump));
+    assert_eq!((rig.ss(), rig.rsp()), (0, 0x1_2345));
+}
+
+#[test]
+fn user_code_cannot_raise_its_privilege_with_flags() {
+    let mut rig = Rig::long();
+    rig.set_level(3);
+    let popped = rflags::IOPL | rflags::IF | rflags::CF | rflags::ID | rflags::RF;
+    rig.frame(
+        8,
+        &[u64::from(USER_SS), STACK, popped, u64::from(USER_CS), CODE],
+    );
+    assert_eq!(rig.run(IRETQ), Ok(Flow::Jump));
+    assert_eq!(
+        rig.cpu.rflags,
+        rflags::ONE | rflags::CF | rflags::ID | rflags::RF
+    );
+}
+
+#[test]
+fn a_nested_task_cannot_return_in_long_mode() {
+    let mut rig = Rig::long();
+    rig.cpu.rflags |= rflags::NT;
+    assert_eq!(rig.run(IRETQ), raises(Exception::general_protection(0)));
+}
+
+#[test]
+fn a_task_gate_switches_tasks_and_iret_returns() {
+    let mut rig = Rig::protected();
+    let new = TSS + 0x100;
+    rig.write32(new + 0x20, 0x6000);
+    rig.write32(new + 0x24, 2);
+    rig.write32(new + 0x28 + 16, 0x1_8000);
+    for (n, s) in [USER_SS, KERNEL_CS, KERNEL_SS, 0, 0, 0]
+        .into_iter()
+        .enumerate()
+    {
+        rig.write32(new + 0x48 + 4 * n as u64, u32::from(s));
+    }
+    rig.write64(IDT + 8 * 8, gate(SECOND_TSS, 0, 0x85));
+    rig.cpu.set_gpr(Gpr::Rbx, 0x1234);
+    let e = Exception {
+        vector: Vector::DoubleFault,
+        error: Some(0),
+        cr2: None,
+        dr6: 0,
+    };
+    assert_eq!(rig.raise(Event::Exception(e)), Ok(Delivered::Handler));
+    assert_eq!(
+        (rig.cpu.tr.selector, rig.cpu.rip, rig.rsp()),
+        (SECOND_TSS, 0x6000, 0x1_7ffc)
+    );
+    assert_eq!(rig.cpu.rflags & rflags::NT, rflags::NT);
+    assert_eq!(rig.read16(new), TSS_SELECTOR);
+    assert_eq!(rig.read32(TSS + 0x28 + 12), 0x1234);
+    assert_eq!(rig.cpu.gpr(Gpr::Rbx), 0);
+    assert_eq!(rig.run(IRETD), Ok(Flow::Jump));
+    assert_eq!((rig.cpu.tr.selector, rig.cpu.rip), (TSS_SELECTOR, CODE));
+    assert_eq!((rig.cpu.gpr(Gpr::Rbx), rig.rsp()), (0x1234, STACK));
+    assert_eq!(rig.cs(), KERNEL_CS);
+}
+
+#[test]
+fn a_missing_handler_segment_or_stack_is_reported_with_its_selector() {
+    let mut rig = Rig::protected();
+    rig.set_level(3);
+    rig.write32(TSS + 8, u32::from(READ_ONLY));
+    let deliver = |rig: &mut Rig| {
+        super::events::deliver(&mut rig.core(), Event::Interrupt(0x30)).map(|()| Flow::Jump)
+    };
+    let ts = Exception::invalid_tss(u32::from(READ_ONLY) | 1);
+    assert_eq!(deliver(&mut rig), Err(Fault::Exception(ts)));
+    rig.cpu.tr = Segment {
+        rights: Rights::unusable(),
+        ..rig.cpu.tr
+    };
+    let ts = Exception::invalid_tss(u32::from(TSS_SELECTOR) | 1);
+    assert_eq!(deliver(&mut rig), Err(Fault::Exception(ts)));
+    rig.write64(IDT + 8 * 0x30, gate(NOT_PRESENT, 0, 0x8e));
+    let gp = Exception::general_protection(u32::from(NOT_PRESENT) | 1);
+    assert_eq!(deliver(&mut rig), Err(Fault::Exception(gp)));
+}
