@@ -48,9 +48,14 @@ impl Verdict {
     ///
     /// It looks often at first, as the other thread may run on another processor, and then lets
     /// others run, as there may be more threads than processors.
-    pub fn wait(&self, mut condition: impl FnMut() -> bool) -> bool {
+    pub fn wait(&self, condition: impl FnMut() -> bool) -> bool {
+        self.wait_looking(200, condition)
+    }
+
+    /// As [`Verdict::wait`], with the number of looks before others may run: few if one is costly.
+    pub fn wait_looking(&self, looks: u32, mut condition: impl FnMut() -> bool) -> bool {
         loop {
-            for _ in 0..200 {
+            for _ in 0..looks {
                 if condition() {
                     return true;
                 }

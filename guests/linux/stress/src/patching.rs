@@ -213,7 +213,7 @@ pub fn chain(load: Load) -> Result<Outcome, String> {
                     }
                     got == value(round)
                 };
-                if !verdict.wait(runs_new_code) {
+                if !verdict.wait_looking(8, runs_new_code) {
                     return;
                 }
                 old = value(round);
