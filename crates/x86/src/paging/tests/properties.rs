@@ -26,7 +26,10 @@ fn processor() -> impl Strategy<Value = CpuState> {
         let mut cpu = match mode {
             0 => long_mode(),
             // Pointers in a table of their own: there accessed bits are reserved.
-            1 => CpuState { cr3: 0x9000, ..pae() },
+            1 => CpuState {
+                cr3: 0x9000,
+                ..pae()
+            },
             _ => two_level(),
         };
         cpu.cr4 |= bits & (cr4::SMEP | cr4::SMAP);
