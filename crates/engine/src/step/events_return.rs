@@ -9,7 +9,7 @@ use super::segments_descriptor as descriptors;
 use super::stack_access::Stack;
 use super::transfer_return::{self as returns, virtual_segment};
 use super::transfer_task;
-use super::{Executed, Flow};
+use super::{Executed, Flow, events};
 use crate::access::Core;
 use crate::env::Environment;
 
@@ -32,7 +32,10 @@ pub fn execute<E: Environment>(core: &mut Core<'_, E>, instr: &Instruction) -> E
             return Err(Exception::general_protection(0).into());
         }
         Mode::Virtual8086 => real(core, size)?,
-        _ => protected(core, size)?,
+        _ => {
+            let next = events::next_rip(core.cpu, instr.len());
+            protected(core, size, next)?
+        }
     };
     core.cpu.nmi_blocked = false;
     core.cpu.shadow = InterruptShadow::None;
@@ -80,13 +83,13 @@ fn real<E: Environment>(core: &mut Core<'_, E>, size: usize) -> Executed {
     Ok(Flow::Jump)
 }
 
-/// Protected, compatibility and 64-bit mode.
-fn protected<E: Environment>(core: &mut Core<'_, E>, size: usize) -> Executed {
+/// Protected, compatibility and 64-bit mode; `next` is behind the instruction.
+fn protected<E: Environment>(core: &mut Core<'_, E>, size: usize, next: u64) -> Executed {
     if core.cpu.rflags & rflags::NT != 0 {
         if core.cpu.long_mode() {
             return Err(Exception::general_protection(0).into());
         }
-        transfer_task::return_to_caller(core)?;
+        transfer_task::return_to_caller(core, next)?;
         return Ok(Flow::Jump);
     }
     let mut stack = Stack::current(core.cpu);

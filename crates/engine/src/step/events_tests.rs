@@ -445,3 +445,13 @@ fn a_missing_handler_segment_or_stack_is_reported_with_its_selector() {
     let gp = Exception::general_protection(u32::from(NOT_PRESENT) | 1);
     assert_eq!(deliver(&mut rig), Err(Fault::Exception(gp)));
 }
+
+#[test]
+fn a_sixteen_bit_stack_wraps_even_in_a_large_segment() {
+    let mut rig = Rig::protected();
+    rig.cpu.seg[2].rights.0 &= !Rights::DB;
+    rig.cpu.set_gpr(Gpr::Rsp, 0xab_0004);
+    assert_eq!(rig.raise(Event::Interrupt(0x30)), Ok(Delivered::Handler));
+    assert_eq!(rig.rsp(), 0xab_fff8);
+    assert_eq!((rig.read32(0xfff8), rig.read32(0)), (CODE as u32, 2));
+}

@@ -27,6 +27,8 @@ mod system_control;
 mod system_debug;
 mod system_flags;
 #[cfg(test)]
+mod system_fuzz;
+#[cfg(test)]
 mod system_tests;
 mod system_translation;
 mod transfer;

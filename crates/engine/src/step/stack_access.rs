@@ -144,11 +144,11 @@ impl Stack {
         let wrap = mask(self.bits);
         let len = size * values.len();
         let bottom = (self.pointer & wrap).wrapping_sub(len as u64) & wrap;
-        if bottom
-            .checked_add(len as u64)
-            .is_some_and(|top| top & wrap == self.pointer & wrap)
-            && let Ok(linear) = self.linear(bottom, len, true)
+        // In range: it does not wrap around the end of the stack's offsets.
+        if len != 0
+            && bottom <= wrap - (len as u64 - 1)
             && values.len() <= MOST_PUSHES
+            && let Ok(linear) = self.linear(bottom, len, true)
         {
             // The whole frame lies in the segment: one write of it.
             let mut bytes = [0; MOST_PUSHES * 8];

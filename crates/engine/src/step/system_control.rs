@@ -26,10 +26,8 @@ const CR0_DEFINED: u64 = cr0::PE
     | cr0::PG;
 /// The bits of CR0 whose change affects translations.
 const CR0_TRANSLATION: u64 = cr0::PE | cr0::PG | cr0::WP | cr0::CD | cr0::NW;
-/// The bits of CR4 that exist; setting any other is #GP.
-const CR4_DEFINED: u64 = cr4::VME
-    | cr4::PVI
-    | cr4::TSD
+/// The bits of CR4 that exist; setting any other is #GP. Virtual-8086 mode extensions do not.
+const CR4_DEFINED: u64 = cr4::TSD
     | cr4::DE
     | cr4::PSE
     | cr4::PAE

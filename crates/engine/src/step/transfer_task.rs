@@ -60,16 +60,13 @@ impl TaskSwitch {
     }
 }
 
-/// IRET with RFLAGS.NT: back to the task that the current TSS links to.
+/// IRET with RFLAGS.NT: back to the task that the current TSS links to. `rip` is behind it.
 ///
 /// # Errors
 /// #TS, #NP, page faults, restart.
-pub fn return_to_caller<E: Environment>(core: &mut Core<'_, E>) -> Result<(), Fault> {
+pub fn return_to_caller<E: Environment>(core: &mut Core<'_, E>, rip: u64) -> Result<(), Fault> {
     let tr = core.cpu.tr;
     let link = core.read::<2>(tr.base, Privilege::Supervisor)? as u16;
-    // IRET and IRETD are one byte; with an operand-size prefix the task resumes at the prefix's
-    // end, which no program depends on: a task that returns is entered anew.
-    let rip = core.cpu.rip.wrapping_add(1) & 0xffff_ffff;
     switch(core, TaskSwitch::Return { rip }, link)
 }
 
