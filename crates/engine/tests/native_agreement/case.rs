@@ -49,12 +49,23 @@ pub struct Case {
     pub before: World,
     pub bytes: [u8; 16],
     pub len: u32,
+    /// The code segment's default operand size: 16, 32 or 64.
+    pub bits: u32,
 }
 
 impl Case {
     pub fn code(&self) -> &[u8] {
         &self.bytes[..self.len as usize]
     }
+
+    pub fn ip(&self) -> u64 {
+        ip(self.bits)
+    }
+}
+
+/// The instruction pointer at [`CODE`]. The 16-bit code segment begins there, the others at 0.
+pub fn ip(bits: u32) -> u64 {
+    if bits == 16 { 0 } else { CODE }
 }
 
 /// The world after an instruction, and the vector of the exception that it raised.
@@ -70,14 +81,25 @@ pub struct Outcome {
 pub const NO_FAULT: u32 = u32::MAX;
 
 /// The names of what differs.
-pub fn differences(reference: &Outcome, subject: &Outcome, address: u64) -> Vec<String> {
+pub fn differences(
+    case: &Case,
+    reference: &Outcome,
+    subject: &Outcome,
+    address: u64,
+) -> Vec<String> {
     let mut names = Vec::new();
     if reference.fault != subject.fault {
         names.push(format!("fault {:#x} {:#x}", reference.fault, subject.fault));
     }
     let (a, b) = (&reference.after.registers, &subject.after.registers);
-    for i in 0..16 {
-        if a.gpr[i] != b.gpr[i] {
+    // Outside 64-bit mode nothing can be said of the upper halves and of R8 to R15.
+    let (registers, mask) = if case.bits == 64 {
+        (16, u64::MAX)
+    } else {
+        (8, 0xffff_ffff)
+    };
+    for i in 0..registers {
+        if (a.gpr[i] ^ b.gpr[i]) & mask != 0 {
             names.push(format!("gpr{i} {:#x} {:#x}", a.gpr[i], b.gpr[i]));
         }
     }

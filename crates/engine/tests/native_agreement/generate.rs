@@ -6,11 +6,11 @@ use iced_x86::{
 };
 use trapline_engine::native;
 
-use crate::case::{CODE, Case, DATA, Registers, STATUS, World};
+use crate::case::{Case, DATA, Registers, STATUS, World, ip};
 use crate::random::Random;
 use crate::reference::canonical;
 
-/// An instruction, as decoded at [`CODE`], and the address of its memory operand (0: none).
+/// An instruction as decoded, and the address of its memory operand (0: none).
 pub struct Generated {
     pub case: Case,
     pub instruction: Instruction,
@@ -23,20 +23,24 @@ pub struct Generator {
     /// How often each code gave #UD, until it gave something else.
     undefined: Vec<u8>,
     encoder: Encoder,
+    bits: u32,
     /// A world that changes a little from case to case.
     world: World,
 }
 
 impl Generator {
-    pub fn new(seed: u64) -> Self {
+    /// Generates code for segments of 16, 32 or 64 `bits`.
+    pub fn new(seed: u64, bits: u32) -> Self {
         let codes: Vec<Code> = Code::values()
-            .filter(|code| code.op_code().mode64() && code.op_code().is_instruction())
+            .filter(|code| code.op_code().is_available_in_mode(bits))
+            .filter(|code| code.op_code().is_instruction())
             .collect();
         Self {
             random: Random::new(seed),
             codes,
             undefined: vec![0; Code::values().len()],
-            encoder: Encoder::new(64),
+            encoder: Encoder::new(bits),
+            bits,
             world: World::default(),
         }
     }
@@ -59,7 +63,8 @@ impl Generator {
                 self.random_code()
             };
             let Some(bytes) = bytes else { continue };
-            let instruction = Decoder::with_ip(64, &bytes, CODE, DecoderOptions::NONE).decode();
+            let instruction =
+                Decoder::with_ip(self.bits, &bytes, ip(self.bits), DecoderOptions::NONE).decode();
             if instruction.is_invalid()
                 || !native::supports(&instruction)
                 || is_excluded(&instruction)
@@ -70,6 +75,7 @@ impl Generator {
             self.change_world();
             let mut case = Case {
                 before: self.world.clone(),
+                bits: self.bits,
                 ..Case::default()
             };
             case.len = instruction.len() as u32;
@@ -91,14 +97,17 @@ impl Generator {
         if !memory || instruction.mnemonic() == Mnemonic::Lea {
             return Some(0);
         }
+        // FS has a base of its own in the process that executes the reference; code cannot be
+        // written to through CS.
+        match instruction.segment_prefix() {
+            Register::FS | Register::GS => return None,
+            Register::CS if self.bits != 64 => return None,
+            _ => {}
+        }
         let base = instruction.memory_base();
         if instruction.is_ip_rel_memory_operand() || base == Register::None {
             let address = linear(instruction, registers);
             return in_data(address).then_some(address);
-        }
-        // FS has a base of its own in the process that executes the reference.
-        if matches!(instruction.segment_prefix(), Register::FS | Register::GS) {
-            return None;
         }
         let target = self.target();
         let index = instruction.memory_index();
@@ -117,6 +126,9 @@ impl Generator {
             registers.gpr[number] = 0;
             let rest = linear(instruction, registers);
             registers.gpr[number] = target.wrapping_sub(rest);
+            if self.bits != 64 {
+                registers.gpr[number] &= 0xffff_ffff;
+            }
         }
         let address = linear(instruction, registers);
         in_data(address).then_some(address)
@@ -163,7 +175,7 @@ impl Generator {
             self.random_operand(&mut instruction, operand, info.op_kind(operand))?;
         }
         self.random_decoration(&mut instruction, info);
-        self.encoder.encode(&instruction, CODE).ok()?;
+        self.encoder.encode(&instruction, ip(self.bits)).ok()?;
         let encoded = self.encoder.take_buffer();
         let mut bytes = [0x90; 15];
         bytes.get_mut(..encoded.len())?.copy_from_slice(&encoded);
@@ -259,6 +271,7 @@ impl Generator {
             }
         };
         instruction.set_op_kind(operand, OpKind::Register);
+        let count = if self.bits == 64 { count } else { count.min(8) };
         instruction.set_op_register(operand, first + self.random.below(count) as u32);
         Some(())
     }
@@ -271,20 +284,24 @@ impl Generator {
         let target = self.target();
         instruction.set_memory_displ_size(8);
         if absolute || self.random.one_in(8) {
-            let base = if absolute {
-                Register::None
-            } else {
+            let relative = !absolute && self.bits == 64;
+            instruction.set_memory_base(if relative {
                 Register::RIP
-            };
-            instruction.set_memory_base(base);
+            } else {
+                Register::None
+            });
+            if self.bits != 64 {
+                instruction.set_memory_displ_size(4);
+            }
             instruction.set_memory_displacement64(target);
             return;
         }
-        let wide = !self.random.one_in(8);
+        let wide = self.bits == 64 && !self.random.one_in(8);
+        let registers = if self.bits == 64 { 16 } else { 8 };
         let first = if wide { Register::RAX } else { Register::EAX };
-        instruction.set_memory_base(first + self.random.below(16) as u32);
+        instruction.set_memory_base(first + self.random.below(registers) as u32);
         if self.random.one_in(2) {
-            let index = self.random.below(16) as u32;
+            let index = self.random.below(registers) as u32;
             if index != 4 {
                 instruction.set_memory_index(first + index);
                 instruction.set_memory_index_scale(self.random.pick(&[1, 2, 4, 8]));
@@ -344,6 +361,11 @@ impl Generator {
         for _ in 0..6 {
             let register = random.below(16);
             self.world.registers.gpr[register] = number(random);
+        }
+        if self.bits != 64 {
+            for register in &mut self.world.registers.gpr {
+                *register &= 0xffff_ffff;
+            }
         }
         self.world.registers.rflags = 0x202 | (random.bits() & STATUS);
         let vector = &mut self.world.registers.vector;

@@ -8,13 +8,17 @@ mod case;
 mod generate;
 mod random;
 mod reference;
+mod signals;
 mod subject;
 
 use std::collections::BTreeMap;
 
+use iced_x86::Instruction;
+
 use case::{NO_FAULT, Outcome, differences};
 use generate::{Generated, Generator};
 use reference::{BATCH, Reference};
+use signals::under_signals;
 use subject::{Subject, Thunks};
 
 fn setting(name: &str) -> Option<u64> {
@@ -27,16 +31,24 @@ fn setting(name: &str) -> Option<u64> {
     Some(number.unwrap_or_else(|| panic!("{name}={text} is not a number")))
 }
 
-/// Compares `subject` with the processor and panics with what differs.
-fn compare(subject: &mut dyn Subject) {
-    let count = setting("TRAPLINE_RANDOM_INSTRUCTIONS").unwrap_or(100_000) as usize;
-    let seed = setting("TRAPLINE_RANDOM_SEED").unwrap_or_else(|| {
+fn count() -> usize {
+    setting("TRAPLINE_RANDOM_INSTRUCTIONS").unwrap_or(100_000) as usize
+}
+
+fn seed() -> u64 {
+    setting("TRAPLINE_RANDOM_SEED").unwrap_or_else(|| {
         let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
         now.map_or(1, |now| now.as_nanos() as u64)
-    });
+    })
+}
+
+/// Compares `subject` with the processor and panics with what differs.
+fn compare(subject: &mut dyn Subject, bits: u32) {
+    let count = count();
+    let seed = seed();
     println!("TRAPLINE_RANDOM_SEED={seed:#x} TRAPLINE_RANDOM_INSTRUCTIONS={count}");
 
-    let mut generator = Generator::new(seed);
+    let mut generator = Generator::new(seed, bits);
     let mut reference = Reference::start();
     let mut outcome = Outcome::default();
     let mut done = 0;
@@ -70,7 +82,7 @@ fn compare(subject: &mut dyn Subject) {
             if expected.fault == NO_FAULT {
                 *codes.entry(instruction.code() as usize).or_insert(0u64) += 1;
             }
-            let names = differences(expected, &outcome, *address);
+            let names = differences(case, expected, &outcome, *address);
             if !names.is_empty() {
                 let entry = wrong
                     .entry(format!("{:?}", instruction.code()))
@@ -108,5 +120,69 @@ fn compare(subject: &mut dyn Subject) {
 
 #[test]
 fn thunks_agree_with_the_processor() {
-    compare(&mut Thunks::new());
+    compare(&mut Thunks::new(), 64);
+}
+
+#[test]
+fn thunks_for_32_bit_code_agree_with_the_processor() {
+    compare(&mut Thunks::new(), 32);
+}
+
+#[test]
+fn thunks_for_16_bit_code_agree_with_the_processor() {
+    compare(&mut Thunks::new(), 16);
+}
+
+#[test]
+fn thunks_agree_with_the_processor_under_signals() {
+    under_signals(|| compare(&mut Thunks::new(), 64));
+}
+
+#[test]
+fn runs_agree_with_single_instructions() {
+    let seed = seed();
+    println!("TRAPLINE_RANDOM_SEED={seed:#x}");
+    let mut generator = Generator::new(seed, 64);
+    let mut thunks = Thunks::new();
+    let (mut done, mut executed, mut faulted) = (0, 0, 0);
+    while done < count() {
+        let length = 2 + generator.random.below(5);
+        let mut run = Vec::new();
+        while run.len() < length {
+            let generated = generator.next();
+            if generated.address == 0 {
+                run.push(generated);
+            }
+        }
+        done += run.len();
+        let instructions: Vec<Instruction> = run.iter().map(|one| one.instruction).collect();
+        let text: Vec<String> = instructions.iter().map(ToString::to_string).collect();
+        let mut whole = Outcome::default();
+        if !thunks.execute_run(&run[0].case, &instructions, &mut whole) {
+            continue;
+        }
+        let mut case = run[0].case.clone();
+        let mut single = Outcome::default();
+        for instruction in &instructions {
+            thunks.execute(&case, instruction, 0, &mut single);
+            if single.fault != NO_FAULT {
+                generator.learn(instruction.code(), single.fault == 6);
+                break;
+            }
+            case.before.clone_from(&single.after);
+        }
+        assert_eq!(whole.fault, single.fault, "{text:?}");
+        if whole.fault == NO_FAULT {
+            executed += 1;
+            let names = differences(&case, &single, &whole, 0);
+            assert!(names.is_empty(), "{text:?}: {names:?}");
+        } else {
+            faulted += 1;
+            let before = &run[0].case.before.registers;
+            whole.after.registers.vector.mxcsr = before.vector.mxcsr;
+            assert_eq!(whole.after.registers, *before, "{text:?}");
+        }
+    }
+    println!("{executed} runs completed, {faulted} faulted");
+    assert!(executed > 0 && faulted > 0);
 }

@@ -21,13 +21,25 @@ pub const BATCH: usize = 256;
 /// Where the child keeps [`Control`]; reached by 32-bit absolute addresses.
 const CONTROL: usize = 0x3000_0000;
 
+/// Linux's selectors for user code and data.
+const CODE_32_SELECTOR: u16 = 0x23;
+const CODE_64_SELECTOR: u16 = 0x33;
+const DATA_SELECTOR: u16 = 0x2b;
+/// Selects the first descriptor of the local descriptor table, at privilege level 3.
+const CODE_16_SELECTOR: u16 = 7;
+
+/// From [`CODE`] to a 64-bit jump to the end of the assembly below.
+const EXIT: usize = 64;
+
 /// What the assembly below works on.
 #[repr(C, align(64))]
 struct Control {
     input: Registers,
     output: Registers,
     host_rsp: u64,
-    code: u64,
+    /// A far pointer to the instruction: offset and selector.
+    code: u32,
+    selector: u32,
     /// 0: XMM, 1: YMM, 2: ZMM and opmask registers.
     width: u32,
     mxcsr: u32,
@@ -91,7 +103,9 @@ global_asm!(
     "mov r14, [rax + 112]",
     "mov r15, [rax + 120]",
     "mov rax, [rax]",
-    "jmp qword ptr [{control} + {code}]",
+    // jmp far [code]
+    ".byte 0xff, 0x2c, 0x25",
+    ".long {control} + {code}",
     "native_reference_exit:",
     "mov [{control} + {output}], rax",
     "mov eax, {control} + {output}",
@@ -259,11 +273,8 @@ impl Drop for Reference {
 fn pipe() -> (RawFd, RawFd) {
     let mut ends = [0; 2];
     // SAFETY: room for two descriptors.
-    assert_eq!(
-        unsafe { libc::pipe2(ends.as_mut_ptr(), libc::O_CLOEXEC) },
-        0,
-        "pipe"
-    );
+    let result = unsafe { libc::pipe2(ends.as_mut_ptr(), libc::O_CLOEXEC) };
+    assert_eq!(result, 0, "pipe");
     (ends[0], ends[1])
 }
 
@@ -324,7 +335,16 @@ unsafe fn serve(batch: *mut Batch, from_parent: RawFd, to_parent: RawFd) {
             u32::from(is_x86_feature_detected!("avx"))
         };
         (*control).mxcsr = 0x1f80;
-        (*control).code = CODE;
+        // Flat data segments, which code outside 64-bit mode uses.
+        asm!("mov ds, {0:x}", "mov es, {0:x}", in(reg) DATA_SELECTOR);
+        add_16_bit_segment();
+        // jmp [rip]; address
+        let exit = (CODE as *mut u8).add(EXIT);
+        ptr::copy_nonoverlapping([0xff, 0x25, 0, 0, 0, 0].as_ptr(), exit, 6);
+        let target: unsafe extern "C" fn() = native_reference_exit;
+        exit.add(6)
+            .cast::<u64>()
+            .write_unaligned(target as usize as u64);
         let stack = map(ptr::null_mut(), 1 << 18, libc::MAP_PRIVATE);
         let stack = libc::stack_t {
             ss_sp: stack,
@@ -355,6 +375,34 @@ unsafe fn serve(batch: *mut Batch, from_parent: RawFd, to_parent: RawFd) {
     }
 }
 
+/// Makes [`CODE_16_SELECTOR`] a 16-bit code segment that begins at [`CODE`].
+fn add_16_bit_segment() {
+    /// `struct user_desc` of the kernel's interface.
+    #[repr(C)]
+    struct Descriptor {
+        entry_number: u32,
+        base_addr: u32,
+        limit: u32,
+        flags: u32,
+    }
+    const CONTENTS_CODE: u32 = 2 << 1;
+    let descriptor = Descriptor {
+        entry_number: 0,
+        base_addr: CODE as u32,
+        limit: 0xffff,
+        flags: CONTENTS_CODE,
+    };
+    // SAFETY: reads the descriptor only. Without the segment, 16-bit cases end the child.
+    unsafe {
+        libc::syscall(
+            libc::SYS_modify_ldt,
+            1,
+            &descriptor,
+            size_of::<Descriptor>(),
+        )
+    };
+}
+
 /// # Safety
 /// In the child, set up; `outcome` is valid.
 unsafe fn execute(case: &Case, outcome: *mut Outcome) {
@@ -365,12 +413,35 @@ unsafe fn execute(case: &Case, outcome: *mut Outcome) {
         let data = DATA as *mut Data;
         ptr::copy_nonoverlapping(case.bytes.as_ptr(), code, 16);
         // jmp [rip]; address
-        let exit = code.add(case.len as usize);
-        ptr::copy_nonoverlapping([0xff, 0x25, 0, 0, 0, 0].as_ptr(), exit, 6);
-        let target: unsafe extern "C" fn() = native_reference_exit;
-        exit.add(6)
-            .cast::<u64>()
-            .write_unaligned(target as usize as u64);
+        let leave = code.add(case.len as usize);
+        match case.bits {
+            64 => {
+                // jmp rel32
+                let distance = EXIT as u32 - (case.len + 5);
+                leave.write(0xe9);
+                leave.add(1).cast::<u32>().write_unaligned(distance);
+            }
+            bits => {
+                // jmp ptr16:32
+                let prefix = usize::from(bits == 16);
+                leave.write(0x66);
+                leave.add(prefix).write(0xea);
+                let pointer = leave.add(prefix + 1);
+                pointer
+                    .cast::<u32>()
+                    .write_unaligned(CODE as u32 + EXIT as u32);
+                pointer
+                    .add(4)
+                    .cast::<u16>()
+                    .write_unaligned(CODE_64_SELECTOR);
+            }
+        }
+        (*control).code = case.ip() as u32;
+        (*control).selector = u32::from(match case.bits {
+            64 => CODE_64_SELECTOR,
+            32 => CODE_32_SELECTOR,
+            _ => CODE_16_SELECTOR,
+        });
         data.write(case.before.data);
         ptr::copy_nonoverlapping(&case.before.registers, &raw mut (*control).input, 1);
         // Whatever is narrower than its field keeps the rest.
@@ -393,12 +464,14 @@ extern "C" fn on_fault(_: c_int, _: *mut libc::siginfo_t, context: *mut c_void) 
         let registers = &mut (*context.cast::<libc::ucontext_t>()).uc_mcontext.gregs;
         let rip = registers[libc::REG_RIP as usize] as u64;
         let vector = registers[libc::REG_TRAPNO as usize] as u32;
-        if rip != CODE {
+        if rip != u64::from((*(CONTROL as *const Control)).code) {
             // Not the instruction: this test is wrong.
             libc::_exit(1);
         }
         (&raw mut (*(CONTROL as *mut Control)).fault).write_volatile(vector);
         let exit: unsafe extern "C" fn() = native_reference_exit;
         registers[libc::REG_RIP as usize] = exit as usize as i64;
+        let selectors = &mut registers[libc::REG_CSGSFS as usize];
+        *selectors = *selectors & !0xffff | i64::from(CODE_64_SELECTOR);
     }
 }
