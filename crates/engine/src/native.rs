@@ -184,8 +184,12 @@ pub fn supports(instruction: &Instruction) -> bool {
 /// MXCSR has the flags of an unmasked SIMD exception (and the x87 tags are valid if that came from a
 /// conversion with an MMX register, where the processor does so). RIP is not advanced in either case.
 ///
-/// Alignment checking (RFLAGS.AC) and RFLAGS.TF are not in force meanwhile. If the instruction is
-/// x87 with a memory operand, the image's FDP becomes 0.
+/// The caller checks what depends on more than the instruction and its operand: CR0.TS, CR0.EM,
+/// CR4.OSFXSR, XCR0, segment limits, canonical addresses. MXCSR must have no reserved bit set: #GP
+/// otherwise. AMD's misaligned exception mask (MXCSR bit 17) is in force only in instructions that
+/// compute with floating-point numbers. Alignment checking (RFLAGS.AC) and RFLAGS.TF are not in
+/// force meanwhile. If the instruction is x87, FIP becomes `cpu.rip`; FDP becomes 0 where it would
+/// be the operand's host address, and FOP tells the thunk's addressing of the operand.
 ///
 /// # Safety
 /// - `thunk` comes from a [`NativeCode`] that has neither been dropped nor reset since.

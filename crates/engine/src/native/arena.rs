@@ -15,8 +15,8 @@ pub(super) const ARENA_BYTES: usize = 16 << 20;
 /// Thunks start at multiples of this, as branch targets like it.
 const ALIGNMENT: usize = 16;
 
-/// A NOP whose displacement is the way from its end to the recovery code. It stands before each
-/// guest instruction.
+/// A NOP whose displacement is the way from its end to the recovery code. It stands before every
+/// instruction of a thunk that may fault.
 const MARKER: [u8; 3] = [0x0f, 0x1f, 0x80];
 /// Bytes of the marker with its displacement.
 pub(super) const MARKER_BYTES: usize = 7;

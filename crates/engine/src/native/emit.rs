@@ -4,7 +4,7 @@ use std::mem::offset_of;
 
 use iced_x86::{Code, Encoder, Instruction, MemoryOperand, Register};
 use trapline_x86::CpuState;
-use trapline_x86::vector::VectorState;
+use trapline_x86::vector::{MXCSR_RESET, VectorState};
 
 use super::arena::{MARKER_BYTES, marker};
 use super::form::{CARRY, Form, OVERFLOW, STATUS};
@@ -22,6 +22,7 @@ const MXCSR: usize = VECTOR + offset_of!(VectorState, mxcsr);
 /// Last instruction and last data pointer in an FXSAVE64 image (SDM vol. 1, table 10-2).
 const X87_FIP: usize = X87 + 8;
 const X87_FDP: usize = X87 + 16;
+const X87_MXCSR: usize = X87 + 24;
 
 /// The instruction cannot be encoded for 64-bit mode, or there are too few registers.
 pub(super) struct CannotEncode;
@@ -85,6 +86,8 @@ struct Emitter<'a> {
     forms: &'a [Form],
     /// Address of the last guest instruction emitted.
     executed: u64,
+    /// Where the marker before the load of MXCSR goes.
+    refusal: Option<usize>,
 }
 
 /// The code of a thunk that will lie at `start`: executes `forms` in order.
@@ -109,6 +112,7 @@ pub(super) fn thunk(
         host_mxcsr,
         forms,
         executed: 0,
+        refusal: None,
     };
     emitter.load()?;
     let markers = emitter.execute()?;
@@ -122,10 +126,15 @@ pub(super) fn thunk(
     emitter.put(Instruction::with(Code::Retnq))?;
     let recovery = emitter.len;
     emitter.recover()?;
+    let refusal = emitter.refusal.map(|at| (at, emitter.len));
+    if refusal.is_some() {
+        emitter.leave()?;
+        emitter.put(Instruction::with(Code::Retnq))?;
+    }
     let mut code = emitter.encoder.take_buffer();
-    for at in markers {
+    for (at, target) in markers.into_iter().map(|at| (at, recovery)).chain(refusal) {
         let end = at + MARKER_BYTES;
-        let distance = i32::try_from(recovery - end).map_err(|_| CannotEncode)?;
+        let distance = i32::try_from(target - end).map_err(|_| CannotEncode)?;
         code.get_mut(at..end)
             .ok_or(CannotEncode)?
             .copy_from_slice(&marker(distance));
@@ -173,6 +182,13 @@ impl Emitter<'_> {
             )?)?;
         }
         if self.union.x87 {
+            // The image's MXCSR means nothing, but FXRSTOR refuses reserved bits in it.
+            let mxcsr = self.field(X87_MXCSR);
+            self.put(Instruction::with2(
+                Code::Mov_rm32_imm32,
+                mxcsr,
+                MXCSR_RESET,
+            )?)?;
             // Loads XMM registers and MXCSR, too: before those.
             self.put(Instruction::with1(
                 Code::Fxrstor64_m512byte,
@@ -204,9 +220,20 @@ impl Emitter<'_> {
             )?)?;
         }
         if self.union.mxcsr {
+            // Whoever lets reserved bits in gets #GP, not the end of the process.
+            self.refusal = Some(self.mark());
             self.put(Instruction::with1(Code::Ldmxcsr_m32, self.field(MXCSR))?)?;
         }
         Ok(())
+    }
+
+    /// Makes room for a marker and gives where it goes.
+    fn mark(&mut self) -> usize {
+        let at = self.len;
+        for _ in 0..MARKER_BYTES {
+            self.byte(0);
+        }
+        at
     }
 
     /// Loads the status flags that the instructions read or keep. Clobbers RAX and RCX.
@@ -257,10 +284,7 @@ impl Emitter<'_> {
     fn execute(&mut self) -> Result<Vec<usize>, CannotEncode> {
         let mut markers = Vec::with_capacity(self.forms.len());
         for form in self.forms {
-            markers.push(self.len);
-            for _ in 0..MARKER_BYTES {
-                self.byte(0);
-            }
+            markers.push(self.mark());
             self.executed = self.ip();
             self.put(self.registers.apply(form))?;
         }

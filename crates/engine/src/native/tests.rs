@@ -213,3 +213,20 @@ fn thunks_are_shared_and_discarded() {
     let third = native.thunk(&decode(64, &[0x01, 0xc0])).expect("supported");
     assert_eq!(first.0 as usize, third.0 as usize);
 }
+
+#[test]
+fn bad_state_is_a_fault_not_the_end() {
+    let mut cpu = CpuState::reset();
+    cpu.vector.mxcsr = u32::MAX;
+    let before = cpu.clone();
+    // addss xmm0, xmm1; cvtpi2ps xmm0, mm1
+    for bytes in [&[0xf3, 0x0f, 0x58, 0xc1][..], &[0x0f, 0x2a, 0xc1]] {
+        let outcome = run(&mut cpu, 64, bytes, std::ptr::null_mut());
+        assert_eq!(outcome, Err(HostFault { vector: 13 }));
+        assert_eq!(cpu.vector.mxcsr, before.vector.mxcsr);
+    }
+    // fld1, with reserved MXCSR bits in the image
+    cpu.vector.x87.0[24..28].fill(0xff);
+    run(&mut cpu, 64, &[0xd9, 0xe8], std::ptr::null_mut()).expect("no fault");
+    assert_eq!(cpu.vector.x87.0[4], 0x80);
+}
