@@ -535,7 +535,7 @@ in_service_order:
     nop
     HITS "four vectors: the last", $0, 0x31, $1
     cli
-    mov order, %rax
+    mov delivered, %rax
     CHECK "four vectors: the highest first", %rax, $0x31415161
     # in service, lower and equal classes wait for the EOI, higher ones nest
     call clear_hits
@@ -546,7 +546,7 @@ in_service_order:
     nop
     cli
     movq $count_interrupt, handlers + 8 * 0x41
-    mov order, %rax
+    mov delivered, %rax
     movabs $0xcc3545bb61aa, %rbx
     CHECK "nesting: order", %rax, %rbx
     ret
@@ -576,9 +576,9 @@ log_entry_aa:
     mov $0xaa, %al
 log_entry:
     push %rcx
-    mov order_length, %rcx
-    mov %al, order(%rcx)
-    incq order_length
+    mov delivered_count, %rcx
+    mov %al, delivered(%rcx)
+    incq delivered_count
     pop %rcx
     ret
 
