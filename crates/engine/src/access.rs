@@ -65,7 +65,10 @@ struct Piece {
 
 impl Piece {
     fn span(&self) -> Span {
-        Span { gpa: self.translation.gpa, len: self.len as u32 }
+        Span {
+            gpa: self.translation.gpa,
+            len: self.len as u32,
+        }
     }
     fn host(&self) -> Option<*mut u8> {
         match self.translation.backing {
@@ -98,7 +101,13 @@ impl<'a, E: Environment> Core<'a, E> {
     /// The host address of `linear` if the TLB allows `access` directly and `len` bytes stay on
     /// the page.
     #[inline(always)]
-    pub fn fast(&self, linear: u64, len: usize, privilege: Privilege, access: Access) -> Option<*mut u8> {
+    pub fn fast(
+        &self,
+        linear: u64,
+        len: usize,
+        privilege: Privilege,
+        access: Access,
+    ) -> Option<*mut u8> {
         if (linear & (PAGE - 1)) as usize + len > PAGE as usize {
             return None;
         }
@@ -120,9 +129,13 @@ impl<'a, E: Environment> Core<'a, E> {
         if let Some(entry) = self.tlb.lookup(linear, privilege, access) {
             let host = entry.addend.wrapping_add(linear) as *mut u8;
             let gpa = entry.gpa | (linear & (PAGE - 1));
-            return Ok(Translation { gpa, backing: Backing::Ram(host) });
+            return Ok(Translation {
+                gpa,
+                backing: Backing::Ram(host),
+            });
         }
-        self.env.translate(self.cpu, self.tlb, linear, privilege, access)
+        self.env
+            .translate(self.cpu, self.tlb, linear, privilege, access)
     }
 
     fn pieces(
@@ -136,21 +149,34 @@ impl<'a, E: Environment> Core<'a, E> {
         let first_len = len.min(room);
         if len <= room {
             let translation = self.translate(linear, privilege, access)?;
-            return Ok(Pieces { first: Piece { translation, len }, second: None });
+            return Ok(Pieces {
+                first: Piece { translation, len },
+                second: None,
+            });
         }
         let next = self.wrap(linear.wrapping_add(first_len as u64));
         let first = self.translate(linear, privilege, access)?;
         let second = self.translate(next, privilege, access)?;
         Ok(Pieces {
-            first: Piece { translation: first, len: first_len },
-            second: Some(Piece { translation: second, len: len - first_len }),
+            first: Piece {
+                translation: first,
+                len: first_len,
+            },
+            second: Some(Piece {
+                translation: second,
+                len: len - first_len,
+            }),
         })
     }
 
     /// Linear addresses are 32 bits wide outside long mode.
     #[inline]
     pub fn wrap(&self, linear: u64) -> u64 {
-        if self.cpu.long_mode() { linear } else { linear & 0xffff_ffff }
+        if self.cpu.long_mode() {
+            linear
+        } else {
+            linear & 0xffff_ffff
+        }
     }
 
     /// Notes the data breakpoints (DR7) that an access hits; reported after the instruction.
@@ -187,10 +213,11 @@ impl<'a, E: Environment> Core<'a, E> {
             }
             Backing::Sensed(host) => {
                 let rip = self.cpu.rip;
-                self.env.sensed(self.tlb, rip, &[piece.span()], Access::Read, &mut || {
-                    // SAFETY: as above.
-                    unsafe { copy_from_guest(host, data) };
-                })?;
+                self.env
+                    .sensed(self.tlb, rip, &[piece.span()], Access::Read, &mut || {
+                        // SAFETY: as above.
+                        unsafe { copy_from_guest(host, data) };
+                    })?;
                 Ok(())
             }
             Backing::Device => {
@@ -248,9 +275,15 @@ impl<'a, E: Environment> Core<'a, E> {
     }
 
     /// Whether a write of `len` bytes would be permitted; sets accessed and dirty bits.
-    pub fn probe_write(&mut self, linear: u64, len: usize, privilege: Privilege) -> Result<(), Fault> {
+    pub fn probe_write(
+        &mut self,
+        linear: u64,
+        len: usize,
+        privilege: Privilege,
+    ) -> Result<(), Fault> {
         let linear = self.wrap(linear);
-        self.pieces(linear, len, privilege, Access::Write).map(|_| ())
+        self.pieces(linear, len, privilege, Access::Write)
+            .map(|_| ())
     }
 
     fn commit(&mut self, linear: u64, pieces: &Pieces, data: &[u8]) -> Result<(), Fault> {
@@ -277,7 +310,13 @@ impl<'a, E: Environment> Core<'a, E> {
         } else {
             self.leave_block = true;
             let rip = self.cpu.rip;
-            self.env.sensed(self.tlb, rip, &spans[..sensed], Access::Write, &mut write_ram)?;
+            self.env.sensed(
+                self.tlb,
+                rip,
+                &spans[..sensed],
+                Access::Write,
+                &mut write_ram,
+            )?;
         }
         for (piece, bytes) in parts.iter().flatten() {
             if piece.host().is_none() {
@@ -304,7 +343,11 @@ impl<'a, E: Environment> Core<'a, E> {
     ) -> Result<(), Fault> {
         let linear = self.wrap(linear);
         let privilege = Privilege::of_data(self.cpu);
-        let kind = if access == OperandAccess::Read { Access::Read } else { Access::Write };
+        let kind = if access == OperandAccess::Read {
+            Access::Read
+        } else {
+            Access::Write
+        };
         if let Some(host) = self.fast(linear, len, privilege, kind) {
             return perform(self.cpu, host).map_err(host_fault);
         }
@@ -331,9 +374,10 @@ impl<'a, E: Environment> Core<'a, E> {
             if pieces.first.is_sensed() {
                 self.leave_block |= kind == Access::Write;
                 let cpu = &mut *self.cpu;
-                self.env.sensed(self.tlb, rip, &[pieces.first.span()], kind, &mut || {
-                    result = perform(cpu, host);
-                })?;
+                self.env
+                    .sensed(self.tlb, rip, &[pieces.first.span()], kind, &mut || {
+                        result = perform(cpu, host);
+                    })?;
             } else {
                 result = perform(self.cpu, host);
             }
@@ -371,7 +415,8 @@ impl<'a, E: Environment> Core<'a, E> {
         // The instruction's effect on registers must be undone if the write has to restart.
         let before = self.cpu.clone();
         perform(self.cpu, bytes.as_mut_ptr()).map_err(host_fault)?;
-        self.commit(linear, &pieces, bytes).inspect_err(|_| *self.cpu = before)
+        self.commit(linear, &pieces, bytes)
+            .inspect_err(|_| *self.cpu = before)
     }
 
     /// A locked access to two pages of RAM: on hardware the bus is locked; here every other VCPU
@@ -422,7 +467,11 @@ impl<'a, E: Environment> Core<'a, E> {
 
     /// Reads a little-endian value of `N` bytes.
     #[inline(always)]
-    pub fn read<const N: usize>(&mut self, linear: u64, privilege: Privilege) -> Result<u64, Fault> {
+    pub fn read<const N: usize>(
+        &mut self,
+        linear: u64,
+        privilege: Privilege,
+    ) -> Result<u64, Fault> {
         let linear = self.wrap(linear);
         if let Some(host) = self.fast(linear, N, privilege, Access::Read) {
             // SAFETY: a TLB hit within a page is readable guest RAM.
@@ -451,7 +500,12 @@ impl<'a, E: Environment> Core<'a, E> {
     }
 
     /// Reads `size` (1, 2, 4 or 8) bytes.
-    pub fn read_sized(&mut self, linear: u64, size: usize, privilege: Privilege) -> Result<u64, Fault> {
+    pub fn read_sized(
+        &mut self,
+        linear: u64,
+        size: usize,
+        privilege: Privilege,
+    ) -> Result<u64, Fault> {
         match size {
             1 => self.read::<1>(linear, privilege),
             2 => self.read::<2>(linear, privilege),
@@ -478,7 +532,9 @@ impl<'a, E: Environment> Core<'a, E> {
 }
 
 fn host_fault(vector: u8) -> Fault {
-    Fault::Exception(Exception::from_host_vector(vector).unwrap_or(Exception::general_protection(0)))
+    Fault::Exception(
+        Exception::from_host_vector(vector).unwrap_or(Exception::general_protection(0)),
+    )
 }
 
 /// Loads that the guest's other processors may race with: volatile and, where aligned, one access

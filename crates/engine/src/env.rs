@@ -100,7 +100,13 @@ pub trait Environment {
     /// RDMSR.
     fn msr_read(&mut self, cpu: &CpuState, index: u32) -> Result<u64, MsrFault>;
     /// WRMSR.
-    fn msr_write(&mut self, cpu: &mut CpuState, tlb: &mut Tlb, index: u32, value: u64) -> Result<(), MsrFault>;
+    fn msr_write(
+        &mut self,
+        cpu: &mut CpuState,
+        tlb: &mut Tlb,
+        index: u32,
+        value: u64,
+    ) -> Result<(), MsrFault>;
     /// The task priority in CR8's form, 0 to 15.
     fn cr8_read(&mut self) -> u64;
     /// MOV to CR8, `value` 0 to 15.

@@ -49,7 +49,11 @@ impl Privilege {
     /// The privilege of an instruction fetch in the current state.
     #[inline]
     pub fn of_fetch(cpu: &CpuState) -> Self {
-        if cpu.cpl() == 3 { Self::User } else { Self::Supervisor }
+        if cpu.cpl() == 3 {
+            Self::User
+        } else {
+            Self::Supervisor
+        }
     }
     /// Whether permission checks treat it as a user-mode access.
     pub fn is_user(self) -> bool {
@@ -207,7 +211,15 @@ mod tests {
     fn tlb_with(linear: u64, gpa: u64, global: bool, large: bool) -> Tlb {
         let mut tlb = Tlb::default();
         let host = 0x10_0000 as *mut u8;
-        tlb.insert(linear, Privilege::User, Access::Write, gpa, host, global, large);
+        tlb.insert(
+            linear,
+            Privilege::User,
+            Access::Write,
+            gpa,
+            host,
+            global,
+            large,
+        );
         tlb
     }
 
@@ -221,7 +233,10 @@ mod tests {
         let entry = tlb.lookup(0x7123, Privilege::User, Access::Write).unwrap();
         assert_eq!(entry.addend.wrapping_add(0x7123), 0x10_0123);
         assert!(tlb.lookup(0x7123, Privilege::User, Access::Read).is_none());
-        assert!(tlb.lookup(0x7123, Privilege::Supervisor, Access::Write).is_none());
+        assert!(
+            tlb.lookup(0x7123, Privilege::Supervisor, Access::Write)
+                .is_none()
+        );
         assert!(!present(&tlb, 0x8000));
     }
 

@@ -17,7 +17,10 @@ pub enum End {
     Reset,
     DebugExit(u32),
     /// A VCPU crashed, with its registers as text.
-    Crashed { vcpu: u8, registers: String },
+    Crashed {
+        vcpu: u8,
+        registers: String,
+    },
     Stopped(StopReason),
     /// The host refused a VCPU what it needs.
     HostRefused(String),
@@ -50,13 +53,19 @@ impl Ending {
                 return end.clone();
             }
             end = match deadline {
-                None => self.announced.wait(end).unwrap_or_else(PoisonError::into_inner),
+                None => self
+                    .announced
+                    .wait(end)
+                    .unwrap_or_else(PoisonError::into_inner),
                 Some(deadline) => {
                     let left = deadline.saturating_duration_since(Instant::now());
                     if left.is_zero() {
                         return end.get_or_insert(End::TimedOut).clone();
                     }
-                    self.announced.wait_timeout(end, left).unwrap_or_else(PoisonError::into_inner).0
+                    self.announced
+                        .wait_timeout(end, left)
+                        .unwrap_or_else(PoisonError::into_inner)
+                        .0
                 }
             };
         }

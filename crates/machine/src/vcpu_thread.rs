@@ -8,10 +8,29 @@ use trapline_monitor::signals::Signals;
 use trapline_monitor::statistics::VcpuStatistics;
 use trapline_monitor::surroundings::Surroundings;
 use trapline_monitor::vcpu::{Exit, Vcpu};
+use trapline_trace::{TraceSystem, VcpuId};
 use trapline_x86::CpuState;
 
 use crate::ending::{End, Ending};
 use crate::outcome::register_dump;
+
+/// Ends the machine if its VCPU's thread panics, so that a fault of the VMM is no hang.
+struct PanicGuard {
+    ending: Arc<Ending>,
+    trace: Arc<TraceSystem>,
+    vcpu: VcpuId,
+}
+
+impl Drop for PanicGuard {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            // Nobody may wait for it any more.
+            self.trace.enter_safe(self.vcpu);
+            self.ending
+                .announce(End::HostRefused("internal error, reported above".into()));
+        }
+    }
+}
 
 /// A running VCPU.
 pub struct VcpuThread {
@@ -36,7 +55,13 @@ impl VcpuThread {
         let (thread_signals, thread_statistics) = (Arc::clone(&signals), Arc::clone(&statistics));
         let thread = thread::Builder::new().name(format!("vcpu{index}")).spawn(move || {
             let bootstrap = index == 0;
-            let mut vcpu = match Vcpu::new(cpu, surroundings(), thread_signals, bootstrap) {
+            let surroundings = surroundings();
+            let _guard = PanicGuard {
+                ending: Arc::clone(&ending),
+                trace: Arc::clone(&surroundings.trace),
+                vcpu: surroundings.vcpu,
+            };
+            let mut vcpu = match Vcpu::new(cpu, surroundings, thread_signals, bootstrap) {
                 Ok(vcpu) => vcpu,
                 Err(error) => return ending.announce(End::HostRefused(error.to_string())),
             };
@@ -47,7 +72,11 @@ impl VcpuThread {
                 ending.announce(End::Crashed { vcpu: index, registers: register_dump(&vcpu.cpu) });
             }
         })?;
-        Ok(Self { signals, statistics, thread: Some(thread) })
+        Ok(Self {
+            signals,
+            statistics,
+            thread: Some(thread),
+        })
     }
 
     /// Asks the VCPU to end at its next instruction boundary.
@@ -61,6 +90,9 @@ impl VcpuThread {
             // A panic has been reported by the panic hook; the statistics are then zero.
             let _ = thread.join();
         }
-        *self.statistics.lock().unwrap_or_else(PoisonError::into_inner)
+        *self
+            .statistics
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -1,3 +1,17 @@
 //! The sub-VMM of one VCPU: run loop, fault analysis, TLB fills, decoded code and its traces.
+//!
+//! - The run loop is [`vcpu::Vcpu::run`].
+//! - The way of a fault is in [`surroundings`]: TLB miss, page walk, sensed access, device.
+//! - The way of a notification: another VCPU's sensed access (or a device's) reaches this VCPU's
+//!   mailbox in the trace subsystem and raises its attention word; the run loop sees the word at an
+//!   instruction boundary, acknowledges, and applies the notice with
+//!   [`surroundings::Surroundings::apply`] to the [`code_cache`] and the TLB.
 
+pub mod clock;
+pub mod code_cache;
 pub mod interrupt;
+pub mod platform;
+pub mod signals;
+pub mod statistics;
+pub mod surroundings;
+pub mod vcpu;

@@ -23,6 +23,15 @@ pub struct Block {
     pub len: u32,
 }
 
+impl Block {
+    /// Keeps only the first instruction.
+    pub fn truncate_to_first(&mut self) {
+        self.ops.retain(|op| !matches!(op.kind, OpKind::Run(_)));
+        self.ops.truncate(1);
+        self.len = self.ops.first().map_or(0, |op| u32::from(op.len));
+    }
+}
+
 /// How decoding ended.
 #[derive(Debug)]
 pub enum DecodeEnd {
@@ -72,6 +81,9 @@ pub fn decode(
                 Err(ThunkError::Unsupported) => op.kind = OpKind::Undefined,
             }
         }
+        if op.kind == OpKind::Undefined {
+            tracing::debug!(target: "decode", rip = format_args!("{:#x}", instruction.ip()), %instruction, ?mode, allowed, "undefined instruction");
+        }
         len = decoder.position();
         let end = op.ends_block();
         ops.push(op);
@@ -83,7 +95,12 @@ pub fn decode(
         return Ok(DecodeEnd::NeedMoreBytes);
     }
     let ops = batch(ops, native)?;
-    Ok(DecodeEnd::Block(Block { rip, mode, ops, len: len as u32 }))
+    Ok(DecodeEnd::Block(Block {
+        rip,
+        mode,
+        ops,
+        len: len as u32,
+    }))
 }
 
 /// Puts a [`OpKind::Run`] before every two or more neighbouring instructions that can run as one.

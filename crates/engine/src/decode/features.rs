@@ -119,6 +119,9 @@ impl Features {
 
     /// Whether all extensions that the instruction needs are shown.
     pub fn allow(&self, instruction: &Instruction) -> bool {
-        instruction.cpuid_features().iter().all(|f| self.0.contains(f))
+        instruction
+            .cpuid_features()
+            .iter()
+            .all(|f| self.0.contains(f))
     }
 }

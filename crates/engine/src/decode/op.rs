@@ -1,8 +1,8 @@
 //! One predecoded guest instruction.
 
 use iced_x86::{
-    Code, ConditionCode, EncodingKind, FlowControl, Instruction, Mnemonic, OpAccess, OpKind as Operand,
-    Register,
+    Code, ConditionCode, EncodingKind, FlowControl, Instruction, Mnemonic, OpAccess,
+    OpKind as Operand, Register,
 };
 use trapline_x86::Mode;
 
@@ -26,9 +26,16 @@ impl RegOperand {
         if !register.is_gpr() {
             return None;
         }
-        let high = matches!(register, Register::AH | Register::CH | Register::DH | Register::BH);
+        let high = matches!(
+            register,
+            Register::AH | Register::CH | Register::DH | Register::BH
+        );
         let index = register.full_register().number() as u8;
-        Some(Self { index, size: register.size() as u8, high })
+        Some(Self {
+            index,
+            size: register.size() as u8,
+            high,
+        })
     }
 }
 
@@ -86,6 +93,8 @@ pub enum OpKind {
     StoreImmediate(u64, u8),
     LoadAddress(RegOperand),
     NoOperation,
+    /// CLD (false) and STD (true).
+    DirectionFlag(bool),
     JumpIf(ConditionCode),
     Jump,
     JumpIndirect,
@@ -132,7 +141,9 @@ pub struct Op {
 impl Op {
     /// Predecodes; native operations get their thunk later.
     pub fn new(instruction: Instruction, mode: Mode, allowed: bool) -> Self {
-        let kind = if instruction.is_invalid() || !allowed || !lock_is_legal(&instruction) {
+        let kind = if is_hint(&instruction) {
+            OpKind::NoOperation
+        } else if instruction.is_invalid() || !allowed || !lock_is_legal(&instruction) {
             OpKind::Undefined
         } else {
             kind_of(&instruction, mode)
@@ -143,7 +154,9 @@ impl Op {
             check: check_of(&instruction),
             locked: is_locked(&instruction),
             memory_size: memory_size_of(&instruction),
-            flat: (mode == Mode::Long64).then(|| flat_address(&instruction)).flatten(),
+            flat: (mode == Mode::Long64)
+                .then(|| flat_address(&instruction))
+                .flatten(),
             thunk: None,
             target: match instruction.flow_control() {
                 FlowControl::ConditionalBranch
@@ -194,8 +207,31 @@ impl Op {
     }
 }
 
+/// Encodings in the range reserved for hints: without the extension that they belong to (CET, MPX,
+/// CLDEMOTE, none of which the guest is shown) they do nothing.
+fn is_hint(i: &Instruction) -> bool {
+    use Mnemonic as M;
+    matches!(
+        i.mnemonic(),
+        M::Endbr32
+            | M::Endbr64
+            | M::Rdsspd
+            | M::Rdsspq
+            | M::Reservednop
+            | M::Cldemote
+            | M::Bndmk
+            | M::Bndcl
+            | M::Bndcu
+            | M::Bndcn
+            | M::Bndmov
+            | M::Bndldx
+            | M::Bndstx
+    ) && !i.has_lock_prefix()
+}
+
 fn is_locked(i: &Instruction) -> bool {
-    i.has_lock_prefix() || (i.mnemonic() == Mnemonic::Xchg && i.op0_kind() == Operand::Memory)
+    i.has_lock_prefix()
+        || (i.mnemonic() == Mnemonic::Xchg && i.op0_kind() == Operand::Memory)
         || (i.mnemonic() == Mnemonic::Xchg && i.op1_kind() == Operand::Memory)
 }
 
@@ -274,7 +310,11 @@ fn check_of(i: &Instruction) -> StateCheck {
         }
         if r.is_vector_register() {
             let vex = i.encoding() == EncodingKind::VEX;
-            check = if vex { StateCheck::Avx } else { StateCheck::Sse };
+            check = if vex {
+                StateCheck::Avx
+            } else {
+                StateCheck::Sse
+            };
         } else if r.is_mm() && check == StateCheck::None {
             check = StateCheck::Mmx;
         } else if r.is_st() && check == StateCheck::None {
@@ -286,7 +326,10 @@ fn check_of(i: &Instruction) -> StateCheck {
         if i.mnemonic() == Mnemonic::Emms {
             return StateCheck::Mmx;
         }
-        if i.cpuid_features().iter().any(|f| matches!(f, F::FPU | F::FPU287 | F::FPU387)) {
+        if i.cpuid_features()
+            .iter()
+            .any(|f| matches!(f, F::FPU | F::FPU287 | F::FPU387))
+        {
             return StateCheck::X87;
         }
     }
@@ -297,16 +340,16 @@ fn check_of(i: &Instruction) -> StateCheck {
 fn operand_access(i: &Instruction) -> Option<OperandAccess> {
     let mut factory = iced_x86::InstructionInfoFactory::new();
     let info = factory.info(i);
-    (0..i.op_count()).find(|&n| i.op_kind(n) == Operand::Memory).and_then(|n| {
-        match info.op_access(n) {
+    (0..i.op_count())
+        .find(|&n| i.op_kind(n) == Operand::Memory)
+        .and_then(|n| match info.op_access(n) {
             OpAccess::Read | OpAccess::CondRead => Some(OperandAccess::Read),
             OpAccess::Write => Some(OperandAccess::Write),
             OpAccess::CondWrite | OpAccess::ReadWrite | OpAccess::ReadCondWrite => {
                 Some(OperandAccess::ReadWrite)
             }
             OpAccess::NoMemAccess | OpAccess::None => None,
-        }
-    })
+        })
 }
 
 fn kind_of(i: &Instruction, mode: Mode) -> OpKind {
@@ -334,6 +377,8 @@ fn kind_of(i: &Instruction, mode: Mode) -> OpKind {
         M::Xlatb => return OpKind::Xlat,
         M::Maskmovq | M::Maskmovdqu | M::Vmaskmovdqu => return OpKind::MaskMove,
         M::Nop => return OpKind::NoOperation,
+        M::Cld => return OpKind::DirectionFlag(false),
+        M::Std => return OpKind::DirectionFlag(true),
         M::Aaa | M::Aad | M::Aam | M::Aas | M::Daa | M::Das | M::Salc => return OpKind::Legacy,
         M::Bt | M::Bts | M::Btr | M::Btc
             if i.op0_kind() == Operand::Memory && i.op1_kind() == Operand::Register =>
@@ -404,17 +449,27 @@ fn data_move(i: &Instruction) -> Option<OpKind> {
     match (i.op0_kind(), i.op1_kind()) {
         (Operand::Register, Operand::Memory) => {
             let r = RegOperand::new(i.op0_register())?;
-            Some(if signed { OpKind::LoadSigned(r, size) } else { OpKind::Load(r, size) })
+            Some(if signed {
+                OpKind::LoadSigned(r, size)
+            } else {
+                OpKind::Load(r, size)
+            })
         }
         (Operand::Memory, Operand::Register) if moving => {
             RegOperand::new(i.op1_register()).map(OpKind::Store)
         }
         (Operand::Register, Operand::Register) if moving => {
-            let (to, from) = (RegOperand::new(i.op0_register())?, RegOperand::new(i.op1_register())?);
+            let (to, from) = (
+                RegOperand::new(i.op0_register())?,
+                RegOperand::new(i.op1_register())?,
+            );
             Some(OpKind::MoveRegister(to, from))
         }
         (Operand::Register, Operand::Register) if !signed => {
-            let (to, from) = (RegOperand::new(i.op0_register())?, RegOperand::new(i.op1_register())?);
+            let (to, from) = (
+                RegOperand::new(i.op0_register())?,
+                RegOperand::new(i.op1_register())?,
+            );
             Some(OpKind::MoveRegister(to, from))
         }
         (Operand::Register, _) if moving => {

@@ -47,8 +47,16 @@ pub fn bit_string<E: Environment>(core: &mut Core<'_, E>, op: &Op) -> Executed {
 /// XLAT.
 pub fn xlat<E: Environment>(core: &mut Core<'_, E>, i: &Instruction) -> Executed {
     let bits = address::address_bits(i);
-    let mask = if bits == 64 { u64::MAX } else { (1 << bits) - 1 };
-    let offset = core.cpu.gpr(Gpr::Rbx).wrapping_add(core.cpu.gpr(Gpr::Rax) & 0xff) & mask;
+    let mask = if bits == 64 {
+        u64::MAX
+    } else {
+        (1 << bits) - 1
+    };
+    let offset = core
+        .cpu
+        .gpr(Gpr::Rbx)
+        .wrapping_add(core.cpu.gpr(Gpr::Rax) & 0xff)
+        & mask;
     let segment = address::segment_register(i.memory_segment());
     let linear = address::linear_for(core, segment, offset, 1, Access::Read)?;
     let value = core.read::<1>(linear, Privilege::of_data(core.cpu))?;

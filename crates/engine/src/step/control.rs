@@ -43,7 +43,11 @@ pub fn check_target(cpu: &CpuState, target: u64) -> Result<(), Exception> {
     } else {
         target <= u64::from(cpu.cs().limit)
     };
-    if good { Ok(()) } else { Err(Exception::general_protection(0)) }
+    if good {
+        Ok(())
+    } else {
+        Err(Exception::general_protection(0))
+    }
 }
 
 /// Sets RIP to a near target after checking it.
@@ -76,7 +80,11 @@ pub fn call<E: Environment>(core: &mut Core<'_, E>, i: &Instruction, target: u64
     check_target(core.cpu, target)?;
     let bytes = target_bytes(i);
     let back = core.cpu.rip.wrapping_add(i.len() as u64);
-    let back = if core.cpu.mode() == Mode::Long64 { back } else { back & 0xffff_ffff };
+    let back = if core.cpu.mode() == Mode::Long64 {
+        back
+    } else {
+        back & 0xffff_ffff
+    };
     stack::push(core, bytes, back)?;
     core.cpu.rip = target;
     Ok(Flow::Jump)
@@ -106,7 +114,11 @@ pub fn loop_or_jcxz<E: Environment>(core: &mut Core<'_, E>, i: &Instruction) -> 
         32 => 32,
         _ => 64,
     };
-    let mask = if bits == 64 { u64::MAX } else { (1 << bits) - 1 };
+    let mask = if bits == 64 {
+        u64::MAX
+    } else {
+        (1 << bits) - 1
+    };
     let count = core.cpu.gpr(Gpr::Rcx) & mask;
     let zero = core.cpu.rflags & rflags::ZF != 0;
     let (taken, left) = match i.mnemonic() {

@@ -15,10 +15,18 @@ pub fn compare_flags(left: u64, right: u64, size: usize) -> u64 {
     // SAFETY: the assembly compares two registers and reads the flags through the stack.
     unsafe {
         match size {
-            1 => asm!("cmp {l}, {r}", "pushfq", "pop {f}", l = in(reg_byte) left as u8, r = in(reg_byte) right as u8, f = lateout(reg) flags),
-            2 => asm!("cmp {l:x}, {r:x}", "pushfq", "pop {f}", l = in(reg) left, r = in(reg) right, f = lateout(reg) flags),
-            4 => asm!("cmp {l:e}, {r:e}", "pushfq", "pop {f}", l = in(reg) left, r = in(reg) right, f = lateout(reg) flags),
-            _ => asm!("cmp {l}, {r}", "pushfq", "pop {f}", l = in(reg) left, r = in(reg) right, f = lateout(reg) flags),
+            1 => {
+                asm!("cmp {l}, {r}", "pushfq", "pop {f}", l = in(reg_byte) left as u8, r = in(reg_byte) right as u8, f = lateout(reg) flags)
+            }
+            2 => {
+                asm!("cmp {l:x}, {r:x}", "pushfq", "pop {f}", l = in(reg) left, r = in(reg) right, f = lateout(reg) flags)
+            }
+            4 => {
+                asm!("cmp {l:e}, {r:e}", "pushfq", "pop {f}", l = in(reg) left, r = in(reg) right, f = lateout(reg) flags)
+            }
+            _ => {
+                asm!("cmp {l}, {r}", "pushfq", "pop {f}", l = in(reg) left, r = in(reg) right, f = lateout(reg) flags)
+            }
         }
     }
     flags & rflags::STATUS

@@ -22,7 +22,11 @@ struct Buffer([u8; 2 * VECTOR]);
 fn active_bytes<E: Environment>(core: &Core<'_, E>, op: &Op) -> u64 {
     let i = &op.instruction;
     let size = usize::from(op.memory_size).min(VECTOR);
-    let whole = if size == 64 { u64::MAX } else { (1 << size) - 1 };
+    let whole = if size == 64 {
+        u64::MAX
+    } else {
+        (1 << size) - 1
+    };
     if i.op_mask() == Register::None {
         // VMASKMOV: the top bit of each element of the first source.
         let mask = &core.cpu.vector.zmm[i.op1_register().number()].0;
@@ -40,7 +44,11 @@ fn active_bytes<E: Environment>(core: &Core<'_, E>, op: &Op) -> u64 {
             .fold(0, |bits, n| bits | ((1 << element) - 1) << (n * element));
     }
     let k = core.cpu.vector.k[i.op_mask().number()];
-    let element = if i.is_broadcast() { size } else { i.memory_size().element_size().max(1) };
+    let element = if i.is_broadcast() {
+        size
+    } else {
+        i.memory_size().element_size().max(1)
+    };
     let vector = (0..i.op_count())
         .filter(|&n| i.op_kind(n) == Operand::Register && i.op_register(n).is_vector_register())
         .map(|n| i.op_register(n).size())
@@ -48,11 +56,19 @@ fn active_bytes<E: Environment>(core: &Core<'_, E>, op: &Op) -> u64 {
         .unwrap_or(VECTOR);
     if i.is_broadcast() {
         let elements = (vector / element).max(1);
-        let used = if elements == 64 { u64::MAX } else { (1 << elements) - 1 };
+        let used = if elements == 64 {
+            u64::MAX
+        } else {
+            (1 << elements) - 1
+        };
         return if k & used != 0 { whole } else { 0 };
     }
     let elements = size / element;
-    let used = if elements >= 64 { k } else { k & ((1 << elements) - 1) };
+    let used = if elements >= 64 {
+        k
+    } else {
+        k & ((1 << elements) - 1)
+    };
     let compressed = matches!(
         i.mnemonic(),
         Mnemonic::Vpcompressb
@@ -91,7 +107,11 @@ pub fn native_masked<E: Environment>(
 ) -> Executed {
     let i = &op.instruction;
     let size = usize::from(op.memory_size);
-    let kind = if access == OperandAccess::Read { Access::Read } else { Access::Write };
+    let kind = if access == OperandAccess::Read {
+        Access::Read
+    } else {
+        Access::Write
+    };
     let start = address::linear_at(core, i, 0, 1, kind)?;
     let Some(thunk) = op.thunk else {
         return Err(Exception::invalid_opcode().into());
@@ -110,7 +130,11 @@ pub fn native_masked<E: Environment>(
         if access != OperandAccess::Read {
             core.probe_write(linear, len, privilege)?;
         }
-        core.read_bytes(linear, &mut buffer.0[offset + at..offset + at + len], privilege)?;
+        core.read_bytes(
+            linear,
+            &mut buffer.0[offset + at..offset + at + len],
+            privilege,
+        )?;
     }
     let before = core.cpu.clone();
     run::call(thunk, core.cpu, buffer.0[offset..].as_mut_ptr()).map_err(run::host_exception)?;
@@ -118,7 +142,8 @@ pub fn native_masked<E: Environment>(
         for &(at, len) in &runs {
             let linear = address::linear_at(core, i, at as u64, len, kind)?;
             let data = &buffer.0[offset + at..offset + at + len];
-            core.write_bytes(linear, data, privilege).inspect_err(|_| *core.cpu = before.clone())?;
+            core.write_bytes(linear, data, privilege)
+                .inspect_err(|_| *core.cpu = before.clone())?;
         }
     }
     Ok(Flow::Next)
@@ -144,7 +169,11 @@ fn runs(mut bits: u64) -> Vec<(usize, usize)> {
 pub fn gather_or_scatter<E: Environment>(core: &mut Core<'_, E>, op: &Op) -> Executed {
     let i = &op.instruction;
     let scatter = i.op0_kind() == Operand::Memory;
-    let vector = if scatter { i.op1_register() } else { i.op0_register() };
+    let vector = if scatter {
+        i.op1_register()
+    } else {
+        i.op0_register()
+    };
     let index = i.memory_index();
     let evex = i.encoding() == EncodingKind::EVEX;
     let mask = if evex { i.op_mask() } else { i.op2_register() };
@@ -229,7 +258,11 @@ pub fn mask_move<E: Environment>(core: &mut Core<'_, E>, i: &Instruction) -> Exe
         Operand::MemorySegEDI => 32,
         _ => 64,
     };
-    let wrap = if bits == 64 { u64::MAX } else { (1 << bits) - 1 };
+    let wrap = if bits == 64 {
+        u64::MAX
+    } else {
+        (1 << bits) - 1
+    };
     let segment = if i.segment_prefix() == Register::None {
         SegmentRegister::Ds
     } else {

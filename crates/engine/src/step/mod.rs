@@ -3,24 +3,24 @@
 use crate::access::Fault;
 
 pub mod address;
-mod strings;
-pub mod stack;
-pub mod run;
-mod masked;
-mod host;
-pub mod control;
 mod bits;
+pub mod control;
 pub mod events;
+mod events_return;
 #[cfg(test)]
 mod events_tests;
-mod events_return;
+mod host;
 mod io;
+mod masked;
+pub mod run;
 mod segments;
 mod segments_descriptor;
 mod segments_load;
 #[cfg(test)]
 mod segments_tests;
+pub mod stack;
 pub mod stack_access;
+mod strings;
 mod syscall;
 mod system;
 mod system_control;
@@ -31,12 +31,12 @@ mod system_fuzz;
 #[cfg(test)]
 mod system_tests;
 mod system_translation;
+#[cfg(test)]
+mod tests_support;
 mod transfer;
 mod transfer_return;
 mod transfer_stack;
 mod transfer_task;
-#[cfg(test)]
-mod tests_support;
 pub mod xstate;
 mod xstate_image;
 #[cfg(test)]

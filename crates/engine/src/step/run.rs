@@ -37,7 +37,11 @@ pub fn run<E: Environment>(core: &mut Core<'_, E>, block: &Block) -> (Turn, u64)
         || core.cpu.rflags & (rflags::TF | rflags::RF) != 0
         || core.cpu.dr7 & dr7::ENABLES != 0;
     if special {
-        return match block.ops.iter().find(|op| !matches!(op.kind, OpKind::Run(_))) {
+        return match block
+            .ops
+            .iter()
+            .find(|op| !matches!(op.kind, OpKind::Run(_)))
+        {
             Some(op) => single(core, op),
             None => (Turn::Continue, 0),
         };
@@ -51,7 +55,10 @@ pub fn run<E: Environment>(core: &mut Core<'_, E>, block: &Block) -> (Turn, u64)
                 && call(thunk, core.cpu, std::ptr::null_mut()).is_ok()
             {
                 let count = usize::from(count);
-                let bytes: u64 = block.ops[n..n + count].iter().map(|op| u64::from(op.len)).sum();
+                let bytes: u64 = block.ops[n..n + count]
+                    .iter()
+                    .map(|op| u64::from(op.len))
+                    .sum();
                 next_rip(core.cpu, block.mode, bytes);
                 n += count;
                 done += count as u64;
@@ -175,7 +182,9 @@ pub(super) fn call(thunk: Thunk, cpu: &mut CpuState, operand: *mut u8) -> Result
 
 /// The guest's exception for a vector that the host raised.
 pub(super) fn host_exception(vector: u8) -> Fault {
-    Fault::Exception(Exception::from_host_vector(vector).unwrap_or(Exception::general_protection(0)))
+    Fault::Exception(
+        Exception::from_host_vector(vector).unwrap_or(Exception::general_protection(0)),
+    )
 }
 
 #[inline(always)]
@@ -221,7 +230,12 @@ fn direct<E: Environment>(
     access: Access,
 ) -> Option<*mut u8> {
     let flat = op.flat.as_ref()?;
-    core.fast(flat_linear(core.cpu, flat), size, Privilege::of_data(core.cpu), access)
+    core.fast(
+        flat_linear(core.cpu, flat),
+        size,
+        Privilege::of_data(core.cpu),
+        access,
+    )
 }
 
 #[inline(always)]
@@ -246,11 +260,21 @@ fn store<E: Environment>(
     if let Some(flat) = &op.flat {
         let linear = flat_linear(core.cpu, flat);
         if CpuState::is_canonical(linear) && linear & 4095 <= 4088 {
-            return core.write_sized(linear, usize::from(size), value, Privilege::of_data(core.cpu));
+            return core.write_sized(
+                linear,
+                usize::from(size),
+                value,
+                Privilege::of_data(core.cpu),
+            );
         }
     }
     let linear = address::linear(core, &op.instruction, usize::from(size), Access::Write)?;
-    core.write_sized(linear, usize::from(size), value, Privilege::of_data(core.cpu))
+    core.write_sized(
+        linear,
+        usize::from(size),
+        value,
+        Privilege::of_data(core.cpu),
+    )
 }
 
 /// Whether the register state that the instruction uses is available (SDM vol. 1, 13.5 and vol. 3,
@@ -310,7 +334,11 @@ fn native_memory<E: Environment>(
     access: OperandAccess,
 ) -> Executed {
     let size = usize::from(op.memory_size);
-    let kind = if access == OperandAccess::Read { Access::Read } else { Access::Write };
+    let kind = if access == OperandAccess::Read {
+        Access::Read
+    } else {
+        Access::Write
+    };
     if let Some(host) = direct(core, op, size, kind) {
         return match call(thunk, core.cpu, host) {
             Ok(()) => Ok(Flow::Next),
@@ -385,7 +413,10 @@ fn execute<E: Environment>(core: &mut Core<'_, E>, op: &Op) -> Executed {
         OpKind::LoadAddress(to) => {
             let offset = match &op.flat {
                 Some(flat) => {
-                    let flat = FlatAddress { segment: NO_REGISTER, ..*flat };
+                    let flat = FlatAddress {
+                        segment: NO_REGISTER,
+                        ..*flat
+                    };
                     flat_linear(core.cpu, &flat)
                 }
                 None => address::effective_offset(core.cpu, &op.instruction),
@@ -416,6 +447,11 @@ fn execute_rare<E: Environment>(core: &mut Core<'_, E>, op: &Op) -> Executed {
     let i = &op.instruction;
     match op.kind {
         OpKind::NativeMasked(access) => masked::native_masked(core, op, access),
+        OpKind::DirectionFlag(set) => {
+            let flags = &mut core.cpu.rflags;
+            *flags = *flags & !rflags::DF | if set { rflags::DF } else { 0 };
+            Ok(Flow::Next)
+        }
         OpKind::Loop => control::loop_or_jcxz(core, i),
         OpKind::Frame => stack::execute_frame(core, i),
         OpKind::String => strings::execute(core, i),

@@ -43,7 +43,10 @@ fn linear_at<E: Environment>(
     bytes: usize,
     access: Access,
 ) -> Result<u64, Fault> {
-    let offset = masked(address_bits(core.cpu), core.cpu.gpr(Gpr::Rsp).wrapping_add(distance));
+    let offset = masked(
+        address_bits(core.cpu),
+        core.cpu.gpr(Gpr::Rsp).wrapping_add(distance),
+    );
     address::linear_for(core, SegmentRegister::Ss, offset, bytes, access)
 }
 
@@ -130,7 +133,10 @@ fn enter<E: Environment>(core: &mut Core<'_, E>, i: &Instruction) -> Executed {
         iced_x86::Code::Enterd_imm16_imm8 => 4,
         _ => 8,
     };
-    let (size, level) = (u64::from(i.immediate16()), u64::from(i.immediate8_2nd()) & 31);
+    let (size, level) = (
+        u64::from(i.immediate16()),
+        u64::from(i.immediate8_2nd()) & 31,
+    );
     let bits = address_bits(core.cpu);
     let (rsp, rbp) = (core.cpu.gpr(Gpr::Rsp), core.cpu.gpr(Gpr::Rbp));
     let result = (|| {
@@ -138,7 +144,8 @@ fn enter<E: Environment>(core: &mut Core<'_, E>, i: &Instruction) -> Executed {
         let frame = core.cpu.gpr(Gpr::Rsp);
         for n in 1..level {
             let offset = masked(bits, rbp.wrapping_sub(n * bytes as u64));
-            let linear = address::linear_for(core, SegmentRegister::Ss, offset, bytes, Access::Read)?;
+            let linear =
+                address::linear_for(core, SegmentRegister::Ss, offset, bytes, Access::Read)?;
             let value = core.read_sized(linear, bytes, Privilege::of_data(core.cpu))?;
             push(core, bytes, value)?;
         }
@@ -166,7 +173,11 @@ fn enter<E: Environment>(core: &mut Core<'_, E>, i: &Instruction) -> Executed {
 fn push_all<E: Environment>(core: &mut Core<'_, E>, bytes: usize) -> Executed {
     let before = core.cpu.gpr(Gpr::Rsp);
     for r in 0..8 {
-        let value = if r == Gpr::Rsp as usize { before } else { core.cpu.gpr[r] };
+        let value = if r == Gpr::Rsp as usize {
+            before
+        } else {
+            core.cpu.gpr[r]
+        };
         push(core, bytes, value).inspect_err(|_| core.cpu.set_gpr(Gpr::Rsp, before))?;
     }
     Ok(Flow::Next)
@@ -182,7 +193,11 @@ fn pop_all<E: Environment>(core: &mut Core<'_, E>, bytes: usize) -> Executed {
         let r = 7 - n;
         if r != Gpr::Rsp as usize {
             let full = &mut core.cpu.gpr[r];
-            *full = if bytes == 2 { *full & !0xffff | value } else { value };
+            *full = if bytes == 2 {
+                *full & !0xffff | value
+            } else {
+                value
+            };
         }
     }
     add_to_pointer(core.cpu, 8 * bytes as u64);

@@ -43,7 +43,12 @@ fn shape(i: &Instruction) -> Shape {
     } else {
         address::segment_register(i.segment_prefix())
     };
-    Shape { mnemonic: i.mnemonic(), size, address_bits, source }
+    Shape {
+        mnemonic: i.mnemonic(),
+        size,
+        address_bits,
+        source,
+    }
 }
 
 fn masked(bits: u32, value: u64) -> u64 {
@@ -85,7 +90,11 @@ fn accumulator(core: &Core<'_, impl Environment>, s: &Shape) -> u64 {
 }
 
 fn masked_bytes(value: u64, bytes: usize) -> u64 {
-    if bytes == 8 { value } else { value & ((1 << (8 * bytes)) - 1) }
+    if bytes == 8 {
+        value
+    } else {
+        value & ((1 << (8 * bytes)) - 1)
+    }
 }
 
 /// One iteration; compares set the status flags.
@@ -171,9 +180,7 @@ fn bulk<E: Environment>(core: &Core<'_, E>, s: &Shape, count: u64) -> Option<Bul
                     && address::linear_for(core, segment, offset, bytes, Access::Read).is_ok()
             })
         };
-        if !limit(SegmentRegister::Es, Gpr::Rdi)
-            || (from.is_some() && !limit(s.source, Gpr::Rsi))
-        {
+        if !limit(SegmentRegister::Es, Gpr::Rdi) || (from.is_some() && !limit(s.source, Gpr::Rsi)) {
             return None;
         }
     }
@@ -182,7 +189,11 @@ fn bulk<E: Environment>(core: &Core<'_, E>, s: &Shape, count: u64) -> Option<Bul
         Some(linear) => Some(core.fast(linear, bytes, privilege, Access::Read)?),
         None => None,
     };
-    Some(Bulk { to, from, elements: n })
+    Some(Bulk {
+        to,
+        from,
+        elements: n,
+    })
 }
 
 struct Bulk {
@@ -220,8 +231,15 @@ pub fn execute<E: Environment>(core: &mut Core<'_, E>, i: &Instruction) -> Execu
         }
         if let Some(bulk) = bulk(core, &s, left) {
             match bulk.from {
-                Some(from) => host::move_elements(bulk.to, from, bulk.elements as usize * s.size, s.size),
-                None => host::fill(bulk.to, accumulator(core, &s), bulk.elements as usize, s.size),
+                Some(from) => {
+                    host::move_elements(bulk.to, from, bulk.elements as usize * s.size, s.size)
+                }
+                None => host::fill(
+                    bulk.to,
+                    accumulator(core, &s),
+                    bulk.elements as usize,
+                    s.size,
+                ),
             }
             if bulk.from.is_some() {
                 advance(core.cpu, Gpr::Rsi, &s, bulk.elements);

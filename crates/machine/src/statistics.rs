@@ -1,0 +1,80 @@
+//! What `--stats` writes: one JSON object at exit.
+
+use std::path::Path;
+use std::time::Instant;
+
+use serde_json::{Value, json};
+use trapline_monitor::statistics::VcpuStatistics;
+use trapline_trace::TraceSystem;
+
+use crate::outcome::MachineError;
+
+/// Totals over a run, resets included.
+pub struct Report {
+    start: Instant,
+    runs: Vec<Value>,
+}
+
+impl Report {
+    pub fn start() -> Self {
+        Self {
+            start: Instant::now(),
+            runs: Vec::new(),
+        }
+    }
+
+    /// Adds what the machine did between power-up or reset and its end.
+    pub fn add(&mut self, vcpus: Vec<VcpuStatistics>, trace: &TraceSystem) {
+        let vcpus: Vec<Value> = vcpus.iter().enumerate().map(|(n, s)| vcpu(n, s)).collect();
+        self.runs
+            .push(json!({ "vcpus": vcpus, "traces": traces(trace) }));
+    }
+
+    /// Writes the object.
+    ///
+    /// # Errors
+    /// The file cannot be written.
+    pub fn write(&self, path: &Path) -> Result<(), MachineError> {
+        let object = json!({
+            "host_seconds": self.start.elapsed().as_secs_f64(),
+            "boots": self.runs,
+        });
+        std::fs::write(path, format!("{object:#}\n")).map_err(|source| MachineError::Host {
+            what: format!("to write {} for --stats", path.display()),
+            remedy: "give a path that can be written",
+            source,
+        })
+    }
+}
+
+fn vcpu(index: usize, s: &VcpuStatistics) -> Value {
+    let e = &s.exits;
+    json!({
+        "vcpu": index,
+        "instructions": s.instructions,
+        "blocks": s.blocks,
+        "running_seconds": s.running_ns as f64 / 1e9,
+        "halted_seconds": s.halted_ns as f64 / 1e9,
+        "tlb_fills": s.tlb_fills,
+        "decoded_blocks": s.code.decoded_blocks,
+        "decoded_bytes": s.code.decoded_bytes,
+        "invalidated_blocks": s.code.invalidated_blocks,
+        "code_cache_drops": s.code.drops,
+        "exits": {
+            "port": e.port,
+            "device": e.device,
+            "msr": e.msr,
+            "cpuid": e.cpuid,
+            "sensed": e.sensed,
+            "split_locks": e.split_locks,
+            "halts": e.halts,
+            "exceptions": e.exceptions,
+            "interrupts": e.interrupts,
+            "restarts": e.restarts,
+        },
+    })
+}
+
+fn traces(_trace: &TraceSystem) -> Value {
+    json!([])
+}

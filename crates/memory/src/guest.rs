@@ -1,0 +1,249 @@
+//! The bytes of guest RAM.
+
+use std::fs::File;
+use std::io;
+
+use rustix::fs::{MemfdFlags, memfd_create};
+use trapline_trace::{Actor, Range, Sense, Sensor, TraceSystem, VcpuId, VcpuSet};
+use vm_memory::{
+    Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
+};
+
+use crate::atomic::{HostBytes, exchange32, exchange64};
+use crate::pages::Pages;
+
+const PAGE_SHIFT: u32 = 12;
+const PAGE: u64 = 1 << PAGE_SHIFT;
+/// RAM from address 0 ends here at the latest; devices have the space up to 4 GiB.
+pub const LOW_END: u64 = 3 << 30;
+/// Where RAM goes on.
+pub const HIGH_START: u64 = 4 << 30;
+
+/// The host does not give the memory.
+#[derive(Debug, thiserror::Error)]
+pub enum MemoryError {
+    #[error("guest memory of {bytes} bytes is no positive multiple of 4096; round the size")]
+    Size { bytes: u64 },
+    #[error("the host refused {bytes} bytes of guest memory ({source}); ask for less")]
+    Refused { bytes: u64, source: io::Error },
+}
+
+struct Piece {
+    start: u64,
+    bytes: u64,
+    host: usize,
+    /// Index of its first page in [`Pages`].
+    first_page: usize,
+}
+
+/// Guest RAM, mapped as long as this lives.
+pub struct GuestMemory {
+    mapped: GuestMemoryMmap<()>,
+    pieces: Vec<Piece>,
+    pages: Pages,
+}
+
+impl GuestMemory {
+    /// `bytes` of zeroed RAM, in one file in memory: from 0 up to 3 GiB, the rest from 4 GiB.
+    ///
+    /// # Errors
+    /// The size is no multiple of a page, or the host refuses.
+    pub fn new(bytes: u64) -> Result<Self, MemoryError> {
+        if bytes == 0 || !bytes.is_multiple_of(PAGE) {
+            return Err(MemoryError::Size { bytes });
+        }
+        let refused = |source| MemoryError::Refused { bytes, source };
+        let file =
+            memfd_create("trapline-guest", MemfdFlags::CLOEXEC).map_err(|e| refused(e.into()))?;
+        let file = File::from(file);
+        file.set_len(bytes).map_err(refused)?;
+        let low = bytes.min(LOW_END);
+        let share = |offset| file.try_clone().map(|f| Some(FileOffset::new(f, offset)));
+        let mut ranges = vec![(GuestAddress(0), low as usize, share(0).map_err(refused)?)];
+        if bytes > low {
+            let file = share(low).map_err(refused)?;
+            ranges.push((GuestAddress(HIGH_START), (bytes - low) as usize, file));
+        }
+        let mapped = GuestMemoryMmap::from_ranges_with_files(ranges)
+            .map_err(|e| refused(io::Error::other(e.to_string())))?;
+        let mut pieces = Vec::new();
+        let mut first_page = 0;
+        for region in mapped.iter() {
+            let start = region.start_addr().0;
+            let host = mapped
+                .get_host_address(region.start_addr())
+                .map_err(|e| refused(io::Error::other(e.to_string())))?;
+            pieces.push(Piece {
+                start,
+                bytes: region.len(),
+                host: host as usize,
+                first_page,
+            });
+            first_page += (region.len() >> PAGE_SHIFT) as usize;
+        }
+        Ok(Self {
+            mapped,
+            pieces,
+            pages: Pages::new(first_page),
+        })
+    }
+
+    /// For loaders, before any VCPU runs.
+    pub fn inner(&self) -> &GuestMemoryMmap<()> {
+        &self.mapped
+    }
+
+    fn piece(&self, gpa: u64) -> Option<&Piece> {
+        self.pieces
+            .iter()
+            .find(|p| gpa.wrapping_sub(p.start) < p.bytes)
+    }
+
+    /// The index of the page of RAM at `gpa`.
+    fn page(&self, gpa: u64) -> Option<usize> {
+        let piece = self.piece(gpa)?;
+        Some(piece.first_page + ((gpa - piece.start) >> PAGE_SHIFT) as usize)
+    }
+
+    /// The host address of the byte of RAM at `gpa`; valid up to the end of its page.
+    #[inline]
+    pub fn host_address(&self, gpa: u64) -> Option<*mut u8> {
+        let piece = self.piece(gpa)?;
+        Some((piece.host + (gpa - piece.start) as usize) as *mut u8)
+    }
+
+    fn word(&self, gpa: u64, bytes: u64) -> Option<HostBytes> {
+        // A word does not cross a page, so its first byte decides.
+        ((gpa & (PAGE - 1)) + bytes <= PAGE).then(|| self.host_address(gpa).map(HostBytes))?
+    }
+
+    /// The aligned word at `gpa`; `None` where there is no RAM.
+    pub fn read_u64(&self, gpa: u64) -> Option<u64> {
+        let word = self.word(gpa, 8)?;
+        Some(word.word64()?.load(std::sync::atomic::Ordering::SeqCst))
+    }
+
+    /// As [`Self::read_u64`], 32 bits wide.
+    pub fn read_u32(&self, gpa: u64) -> Option<u32> {
+        let word = self.word(gpa, 4)?;
+        Some(word.word32()?.load(std::sync::atomic::Ordering::SeqCst))
+    }
+
+    /// Replaces `old` by `new` atomically; `None` where there is no RAM, else whether it was `old`
+    /// or what was found. The caller has direct access ([`Self::hold`]) or is being sensed.
+    pub fn compare_exchange_u64(&self, gpa: u64, old: u64, new: u64) -> Option<Result<(), u64>> {
+        let word = self.word(gpa, 8)?;
+        Some(exchange64(word.word64()?, old, new))
+    }
+
+    /// As [`Self::compare_exchange_u64`], 32 bits wide.
+    pub fn compare_exchange_u32(&self, gpa: u64, old: u32, new: u32) -> Option<Result<(), u32>> {
+        let word = self.word(gpa, 4)?;
+        Some(exchange32(word.word32()?, old, new))
+    }
+
+    /// Reads bytes; whether all of them are RAM.
+    pub fn read(&self, gpa: u64, data: &mut [u8]) -> bool {
+        self.mapped.read_slice(data, GuestAddress(gpa)).is_ok()
+    }
+
+    /// Writes bytes for anyone who is no VCPU (a device by DMA, a debugger): sensed and notified
+    /// like any other write. Whether all of them are RAM.
+    pub fn write(&self, trace: &TraceSystem, actor: Actor, gpa: u64, data: &[u8]) -> bool {
+        let mut good = true;
+        let mut at = 0;
+        while at < data.len() {
+            let here = gpa.wrapping_add(at as u64);
+            let room = (PAGE - (here & (PAGE - 1))) as usize;
+            let part = &data[at..data.len().min(at + room)];
+            let range = Range::new(here, here.saturating_add(part.len() as u64));
+            // A writer that is no VCPU has nothing to start again.
+            let _ = trace.access(actor, &[range], Sense::WRITE, &mut |_| {}, &mut || {
+                good &= self.mapped.write_slice(part, GuestAddress(here)).is_ok();
+            });
+            at += part.len();
+        }
+        good
+    }
+
+    /// Takes direct access to the page of `gpa` for a VCPU, before it makes a translation that
+    /// allows it. Whether it may: otherwise such accesses have to be sensed.
+    pub fn hold(&self, vcpu: VcpuId, gpa: u64, sense: Sense) -> bool {
+        self.page(gpa)
+            .is_some_and(|page| self.pages.hold(page, vcpu, sense))
+    }
+
+    /// The VCPU has dropped its direct translations of the page of `gpa` for these accesses.
+    pub fn release(&self, vcpu: VcpuId, gpa: u64, sense: Sense) {
+        if let Some(page) = self.page(gpa) {
+            self.pages.release(page, vcpu, sense);
+        }
+    }
+}
+
+impl Sensor for GuestMemory {
+    fn protect(&self, gpa: u64, sense: Sense) -> VcpuSet {
+        self.page(gpa)
+            .map_or(VcpuSet::EMPTY, |page| self.pages.protect(page, sense))
+    }
+    fn relax(&self, gpa: u64, sense: Sense) {
+        if let Some(page) = self.page(gpa) {
+            self.pages.relax(page, sense);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::Arc;
+    use trapline_trace::{Kind, TRACE};
+
+    #[test]
+    fn sizes_must_be_pages() {
+        assert!(matches!(GuestMemory::new(0), Err(MemoryError::Size { .. })));
+        assert!(matches!(
+            GuestMemory::new(4097),
+            Err(MemoryError::Size { .. })
+        ));
+    }
+
+    #[test]
+    fn memory_above_the_hole() {
+        let memory = GuestMemory::new(LOW_END + 2 * PAGE).unwrap();
+        assert!(memory.host_address(LOW_END - 1).is_some());
+        assert!(memory.host_address(LOW_END).is_none());
+        assert!(memory.host_address(HIGH_START + 2 * PAGE - 1).is_some());
+        assert!(memory.host_address(HIGH_START + 2 * PAGE).is_none());
+        assert_eq!(memory.compare_exchange_u64(HIGH_START, 0, 7), Some(Ok(())));
+        assert_eq!(memory.read_u64(HIGH_START), Some(7));
+        assert_eq!(memory.read_u64(HIGH_START + 4092), None);
+        assert_eq!(memory.compare_exchange_u64(HIGH_START, 0, 9), Some(Err(7)));
+    }
+
+    #[test]
+    fn a_device_write_notifies() {
+        let memory = Arc::new(GuestMemory::new(4 * PAGE).unwrap());
+        let trace = TraceSystem::new(1, memory.clone());
+        let vcpu = VcpuId::new(0);
+        let range = Range::new(0x1100, 0x1110);
+        trace
+            .establish(
+                None,
+                VcpuSet::one(vcpu),
+                range,
+                Kind::Code,
+                Sense::WRITE,
+                0,
+                &mut |_| {},
+            )
+            .unwrap();
+        assert!(!memory.hold(vcpu, 0x1000, Sense::WRITE));
+        assert!(memory.hold(vcpu, 0x2000, Sense::WRITE));
+        assert!(memory.write(&trace, Actor::Device, 0xfff, &[1; 0x100]));
+        assert!(!trace.attention(vcpu).pending());
+        assert!(memory.write(&trace, Actor::Device, 0xfff, &[1; 0x102]));
+        assert_eq!(trace.attention(vcpu).take(u32::MAX), TRACE);
+        assert!(!memory.write(&trace, Actor::Device, 4 * PAGE, &[1]));
+    }
+}

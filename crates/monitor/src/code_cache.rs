@@ -1,0 +1,302 @@
+//! The decoded code of one VCPU: a derived structure, kept coherent by traces of kind `code`.
+//!
+//! Every block has a trace on exactly its bytes, set before they are read for the last time. A
+//! notification removes the blocks that overlap what was written. The cache belongs to its VCPU's
+//! thread; nobody else touches it.
+
+use std::collections::HashMap;
+use std::rc::Rc;
+
+use trapline_engine::decode::Block;
+use trapline_trace::{Range, TraceId};
+use trapline_x86::Mode;
+
+/// The most blocks kept: then all go. Bounds the memory that guest code can make the VMM use.
+const MAX_BLOCKS: usize = 24 * 1024;
+/// Entries of the jump cache; a power of two.
+const JUMP_ENTRIES: usize = 4096;
+
+/// A block and where its bytes lie.
+#[derive(Debug)]
+pub struct CachedBlock {
+    pub block: Block,
+    /// Guest-physical range of the bytes on the first page.
+    pub first: Range,
+    /// Of the bytes on the second page, for an instruction that crosses.
+    pub second: Option<Range>,
+    traces: [Option<TraceId>; 2],
+}
+
+impl CachedBlock {
+    pub fn new(
+        block: Block,
+        first: Range,
+        second: Option<Range>,
+        traces: [Option<TraceId>; 2],
+    ) -> Self {
+        Self {
+            block,
+            first,
+            second,
+            traces,
+        }
+    }
+
+    fn overlaps(&self, range: Range) -> bool {
+        self.first.overlaps(&range) || self.second.is_some_and(|s| s.overlaps(&range))
+    }
+}
+
+/// What a block is found by. Decoded operations hold absolute branch targets, so the instruction
+/// pointer is part of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Key {
+    pub gpa: u64,
+    pub rip: u64,
+    pub mode: Mode,
+}
+
+#[derive(Clone)]
+struct Jump {
+    rip: u64,
+    /// The TLB's epoch when the entry was made: as long as it is the same, the linear address
+    /// still leads to the same bytes.
+    epoch: u64,
+    context: u8,
+    block: Rc<CachedBlock>,
+}
+
+/// Statistics of a code cache.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct CodeStatistics {
+    pub decoded_blocks: u64,
+    pub decoded_bytes: u64,
+    pub invalidated_blocks: u64,
+    /// The whole cache was dropped because it was full.
+    pub drops: u64,
+}
+
+/// The blocks of one VCPU.
+pub struct CodeCache {
+    blocks: HashMap<Key, Rc<CachedBlock>>,
+    by_page: HashMap<u64, Vec<Key>>,
+    jumps: Vec<Option<Jump>>,
+    /// Traces of blocks that are gone, to be removed at the next opportunity.
+    released: Vec<TraceId>,
+    pub statistics: CodeStatistics,
+}
+
+impl Default for CodeCache {
+    fn default() -> Self {
+        Self {
+            blocks: HashMap::new(),
+            by_page: HashMap::new(),
+            jumps: vec![None; JUMP_ENTRIES],
+            released: Vec::new(),
+            statistics: CodeStatistics::default(),
+        }
+    }
+}
+
+fn jump_slot(rip: u64) -> usize {
+    ((rip ^ rip >> 12) as usize) & (JUMP_ENTRIES - 1)
+}
+
+impl CodeCache {
+    /// The block at `rip` if it was entered at the same epoch in the same context (mode and
+    /// privilege).
+    #[inline]
+    pub fn jump(&self, rip: u64, epoch: u64, context: u8) -> Option<Rc<CachedBlock>> {
+        match &self.jumps[jump_slot(rip)] {
+            Some(j) if j.rip == rip && j.epoch == epoch && j.context == context => {
+                Some(Rc::clone(&j.block))
+            }
+            _ => None,
+        }
+    }
+
+    /// Remembers for [`Self::jump`].
+    pub fn remember(&mut self, rip: u64, epoch: u64, context: u8, block: &Rc<CachedBlock>) {
+        self.jumps[jump_slot(rip)] = Some(Jump {
+            rip,
+            epoch,
+            context,
+            block: Rc::clone(block),
+        });
+    }
+
+    pub fn get(&self, key: &Key) -> Option<&Rc<CachedBlock>> {
+        self.blocks.get(key)
+    }
+
+    /// Whether the cache has reached its bound; the caller then drops everything.
+    pub fn is_full(&self) -> bool {
+        self.blocks.len() >= MAX_BLOCKS
+    }
+
+    /// Adds a block whose traces are established. Replaces one with the same key.
+    pub fn insert(&mut self, key: Key, block: CachedBlock) -> Rc<CachedBlock> {
+        self.statistics.decoded_blocks += 1;
+        self.statistics.decoded_bytes += u64::from(block.block.len);
+        self.remove(key);
+        let block = Rc::new(block);
+        self.by_page.entry(key.gpa >> 12).or_default().push(key);
+        if let Some(second) = block.second {
+            self.by_page.entry(second.lo >> 12).or_default().push(key);
+        }
+        self.blocks.insert(key, Rc::clone(&block));
+        block
+    }
+
+    fn remove(&mut self, key: Key) -> bool {
+        let Some(block) = self.blocks.remove(&key) else {
+            return false;
+        };
+        let pages = [Some(block.first.lo >> 12), block.second.map(|s| s.lo >> 12)];
+        for page in pages.into_iter().flatten() {
+            if let Some(keys) = self.by_page.get_mut(&page) {
+                keys.retain(|k| *k != key);
+                if keys.is_empty() {
+                    self.by_page.remove(&page);
+                }
+            }
+        }
+        self.released.extend(block.traces.iter().flatten());
+        true
+    }
+
+    /// Removes the blocks that overlap `range`; whether there were any. The caller makes the jump
+    /// cache look again by a new epoch.
+    pub fn invalidate(&mut self, range: Range) -> bool {
+        let mut hit = Vec::new();
+        for page in range.lo >> 12..=(range.hi.max(range.lo + 1) - 1) >> 12 {
+            for key in self.by_page.get(&page).into_iter().flatten() {
+                if self.blocks.get(key).is_some_and(|b| b.overlaps(range)) {
+                    hit.push(*key);
+                }
+            }
+        }
+        let mut any = false;
+        for key in hit {
+            if self.remove(key) {
+                self.statistics.invalidated_blocks += 1;
+                any = true;
+            }
+        }
+        any
+    }
+
+    /// Removes everything.
+    pub fn clear(&mut self) {
+        for block in self.blocks.values() {
+            self.released.extend(block.traces.iter().flatten());
+        }
+        self.blocks.clear();
+        self.by_page.clear();
+        self.jumps.fill(None);
+        self.statistics.drops += 1;
+    }
+
+    /// Traces that no block needs any more.
+    pub fn take_released(&mut self) -> Vec<TraceId> {
+        std::mem::take(&mut self.released)
+    }
+
+    pub fn has_released(&self) -> bool {
+        !self.released.is_empty()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn add(cache: &mut CodeCache, gpa: u64, len: u32) -> Key {
+        let key = Key {
+            gpa,
+            rip: gpa,
+            mode: Mode::Long64,
+        };
+        let block = Block {
+            rip: gpa,
+            mode: Mode::Long64,
+            ops: Vec::new(),
+            len,
+        };
+        let range = Range {
+            lo: gpa,
+            hi: gpa + u64::from(len),
+        };
+        cache.insert(key, CachedBlock::new(block, range, None, [None, None]));
+        key
+    }
+
+    #[test]
+    fn only_overlapping_blocks_go() {
+        let mut cache = CodeCache::default();
+        let a = add(&mut cache, 0x1000, 0x10);
+        let b = add(&mut cache, 0x1010, 0x10);
+        assert!(!cache.invalidate(Range {
+            lo: 0x1020,
+            hi: 0x1021
+        }));
+        assert!(cache.invalidate(Range {
+            lo: 0x100f,
+            hi: 0x1010
+        }));
+        assert!(cache.get(&a).is_none());
+        assert!(cache.get(&b).is_some());
+        assert_eq!(cache.statistics.invalidated_blocks, 1);
+    }
+
+    #[test]
+    fn the_jump_cache_needs_the_same_epoch_and_context() {
+        let mut cache = CodeCache::default();
+        let key = add(&mut cache, 0x1000, 0x10);
+        let block = Rc::clone(cache.get(&key).unwrap());
+        cache.remember(0x1000, 7, 1, &block);
+        assert!(cache.jump(0x1000, 7, 1).is_some());
+        assert!(cache.jump(0x1000, 8, 1).is_none());
+        assert!(cache.jump(0x1000, 7, 0).is_none());
+        assert!(cache.jump(0x2000, 7, 1).is_none());
+    }
+
+    #[test]
+    fn a_crossing_block_is_found_from_its_second_page() {
+        let mut cache = CodeCache::default();
+        let key = Key {
+            gpa: 0x1ffe,
+            rip: 0x1ffe,
+            mode: Mode::Long64,
+        };
+        let block = Block {
+            rip: 0x1ffe,
+            mode: Mode::Long64,
+            ops: Vec::new(),
+            len: 5,
+        };
+        let (first, second) = (
+            Range {
+                lo: 0x1ffe,
+                hi: 0x2000,
+            },
+            Range {
+                lo: 0x7000,
+                hi: 0x7003,
+            },
+        );
+        cache.insert(
+            key,
+            CachedBlock::new(block, first, Some(second), [None, None]),
+        );
+        assert!(!cache.invalidate(Range {
+            lo: 0x7003,
+            hi: 0x7004
+        }));
+        assert!(cache.invalidate(Range {
+            lo: 0x7002,
+            hi: 0x7003
+        }));
+        assert!(cache.get(&key).is_none());
+    }
+}

@@ -1,0 +1,400 @@
+//! What lies around the processor of one VCPU, as the engine asks for it: translation, traced
+//! accesses, devices, CPUID and model-specific registers.
+//!
+//! The way of a fault: a TLB miss comes here ([`Environment::translate`]), is walked, and is
+//! either entered into the TLB, or found to need sensing, or found to be no RAM. A sensed access
+//! goes through the trace subsystem ([`Environment::sensed`]); notices that reach this VCPU are
+//! applied to its derived structures by [`Surroundings::apply`] and nowhere else.
+
+use std::sync::Arc;
+
+use trapline_engine::access::Fault;
+use trapline_engine::env::{Backing, Environment, MsrFault, Restart, Span, Translation};
+use trapline_engine::tlb::{Access, Privilege, Tlb};
+use trapline_memory::GuestMemory;
+use trapline_trace::{Actor, Kind, Notice, Range, Sense, TraceSystem, VcpuId};
+use trapline_x86::cpuid::{CpuidDynamic, CpuidModel};
+use trapline_x86::paging::{self, PhysicalMemory, Request};
+use trapline_x86::{CpuState, msr};
+
+use crate::code_cache::CodeCache;
+use crate::interrupt::LocalInterrupts;
+use crate::platform::Platform;
+use crate::statistics::Exits;
+
+/// PAUSE instructions after which the thread gives up its turn.
+const PAUSES_PER_YIELD: u32 = 16;
+
+/// Everything of a sub-VMM but the registers and the TLB.
+pub struct Surroundings {
+    pub vcpu: VcpuId,
+    pub trace: Arc<TraceSystem>,
+    pub memory: Arc<GuestMemory>,
+    pub apic: Arc<dyn LocalInterrupts>,
+    pub platform: Arc<dyn Platform>,
+    pub cpuid: Arc<CpuidModel>,
+    /// This VCPU's decoded code.
+    pub code: CodeCache,
+    /// Set where an interrupt may have become deliverable by what this VCPU did itself.
+    pub look_for_interrupts: bool,
+    pub exits: Exits,
+    pauses: u32,
+}
+
+/// The range of a span.
+fn range(span: Span) -> Range {
+    Range {
+        lo: span.gpa,
+        hi: span.gpa + u64::from(span.len),
+    }
+}
+
+fn sense(access: Access) -> Sense {
+    match access {
+        Access::Write => Sense::WRITE,
+        Access::Read | Access::Fetch => Sense::READ,
+    }
+}
+
+impl Surroundings {
+    #[allow(clippy::too_many_arguments)]
+    pub fn new(
+        vcpu: VcpuId,
+        trace: Arc<TraceSystem>,
+        memory: Arc<GuestMemory>,
+        apic: Arc<dyn LocalInterrupts>,
+        platform: Arc<dyn Platform>,
+        cpuid: Arc<CpuidModel>,
+    ) -> Self {
+        Self {
+            vcpu,
+            trace,
+            memory,
+            apic,
+            platform,
+            cpuid,
+            code: CodeCache::default(),
+            look_for_interrupts: false,
+            exits: Exits::default(),
+            pauses: 0,
+        }
+    }
+
+    /// Applies a notice to this VCPU's derived structures.
+    pub fn apply(
+        code: &mut CodeCache,
+        memory: &GuestMemory,
+        vcpu: VcpuId,
+        tlb: &mut Tlb,
+        notice: &Notice,
+    ) {
+        match notice {
+            Notice::Notification(n) => {
+                if n.kind == Kind::Code && code.invalidate(n.written) {
+                    tlb.bump_epoch();
+                }
+            }
+            Notice::Revoke { page, sense } => {
+                for (on, access) in [(sense.write, Access::Write), (sense.read, Access::Read)] {
+                    if on {
+                        tlb.revoke(*page, access);
+                    }
+                }
+                memory.release(vcpu, *page, *sense);
+            }
+        }
+    }
+
+    /// Removes the traces of blocks that are gone.
+    pub fn remove_released(&mut self) {
+        for id in self.code.take_released() {
+            self.trace.remove(self.vcpu, id);
+        }
+    }
+
+    /// Acknowledges and applies what the trace subsystem has for this VCPU, at an instruction
+    /// boundary.
+    pub fn boundary(&mut self, tlb: &mut Tlb) {
+        let (code, memory, vcpu) = (&mut self.code, &*self.memory, self.vcpu);
+        self.trace.boundary(vcpu, &mut |notice| {
+            Self::apply(code, memory, vcpu, tlb, &notice)
+        });
+    }
+
+    fn dynamic(&self, cpu: &CpuState) -> CpuidDynamic {
+        CpuidDynamic::of(cpu, self.apic.id())
+    }
+}
+
+/// Guest-physical memory for the page walk: its writes (accessed and dirty bits) are sensed like
+/// any other.
+struct WalkMemory<'a> {
+    surroundings: &'a mut Surroundings,
+    tlb: &'a mut Tlb,
+    /// A sensed write had to wait and found something changed: the instruction starts again.
+    restart: bool,
+}
+
+impl WalkMemory<'_> {
+    fn exchange<T>(
+        &mut self,
+        gpa: u64,
+        bytes: u32,
+        old: T,
+        exchange: impl Fn(&GuestMemory) -> Option<Result<(), T>>,
+    ) -> Result<(), T> {
+        let s = &mut *self.surroundings;
+        if s.memory.hold(s.vcpu, gpa, Sense::WRITE) {
+            return exchange(&s.memory).unwrap_or(Err(old));
+        }
+        let mut result = None;
+        let memory = Arc::clone(&s.memory);
+        let sensed = s.sensed(
+            self.tlb,
+            0,
+            &[Span { gpa, len: bytes }],
+            Access::Write,
+            &mut || result = exchange(&memory),
+        );
+        if sensed.is_err() {
+            self.restart = true;
+            return Err(old);
+        }
+        result.unwrap_or(Err(old))
+    }
+}
+
+impl PhysicalMemory for WalkMemory<'_> {
+    fn address_bits(&self) -> u32 {
+        self.surroundings.cpuid.physical_address_bits()
+    }
+    fn read_u64(&mut self, gpa: u64) -> Option<u64> {
+        self.surroundings.memory.read_u64(gpa)
+    }
+    fn read_u32(&mut self, gpa: u64) -> Option<u32> {
+        self.surroundings.memory.read_u32(gpa)
+    }
+    fn compare_exchange_u64(&mut self, gpa: u64, old: u64, new: u64) -> Result<(), u64> {
+        self.exchange(gpa, 8, old, |m| m.compare_exchange_u64(gpa, old, new))
+    }
+    fn compare_exchange_u32(&mut self, gpa: u64, old: u32, new: u32) -> Result<(), u32> {
+        self.exchange(gpa, 4, old, |m| m.compare_exchange_u32(gpa, old, new))
+    }
+}
+
+impl Environment for Surroundings {
+    fn translate(
+        &mut self,
+        cpu: &CpuState,
+        tlb: &mut Tlb,
+        linear: u64,
+        privilege: Privilege,
+        access: Access,
+    ) -> Result<Translation, Fault> {
+        let request = Request {
+            write: access == Access::Write,
+            fetch: access == Access::Fetch,
+            user: privilege.is_user(),
+            smap_closed: privilege == Privilege::Supervisor && access != Access::Fetch,
+        };
+        let mut walk_memory = WalkMemory {
+            surroundings: self,
+            tlb,
+            restart: false,
+        };
+        let page = paging::walk(cpu, &mut walk_memory, linear, request);
+        if walk_memory.restart {
+            return Err(Fault::Restart);
+        }
+        let page = page?;
+        let gpa = page.gpa | (linear & 0xfff);
+        let Some(host_page) = self.memory.host_address(page.gpa) else {
+            return Ok(Translation {
+                gpa,
+                backing: Backing::Device,
+            });
+        };
+        let host = host_page.wrapping_add((linear & 0xfff) as usize);
+        // What is fetched is decoded under a trace of its own; reading it needs no hold.
+        let direct = access == Access::Fetch || self.memory.hold(self.vcpu, gpa, sense(access));
+        if !direct {
+            return Ok(Translation {
+                gpa,
+                backing: Backing::Sensed(host),
+            });
+        }
+        let large = page.size > 4096;
+        tlb.insert(
+            linear,
+            privilege,
+            access,
+            page.gpa,
+            host_page,
+            page.global,
+            large,
+        );
+        Ok(Translation {
+            gpa,
+            backing: Backing::Ram(host),
+        })
+    }
+
+    fn sensed(
+        &mut self,
+        tlb: &mut Tlb,
+        _rip: u64,
+        spans: &[Span],
+        access: Access,
+        perform: &mut dyn FnMut(),
+    ) -> Result<(), Restart> {
+        self.exits.sensed += 1;
+        let ranges = spans.iter().map(|&s| range(s)).collect::<Vec<_>>();
+        let (code, memory, vcpu) = (&mut self.code, &*self.memory, self.vcpu);
+        self.trace
+            .access(
+                Actor::Vcpu(vcpu),
+                &ranges,
+                sense(access),
+                &mut |notice| Self::apply(code, memory, vcpu, tlb, &notice),
+                perform,
+            )
+            .map_err(|_| Restart)
+    }
+
+    fn exclusive(
+        &mut self,
+        tlb: &mut Tlb,
+        _rip: u64,
+        spans: &[Span],
+        perform: &mut dyn FnMut(),
+    ) -> Result<(), Restart> {
+        self.exits.split_locks += 1;
+        let ranges = spans.iter().map(|&s| range(s)).collect::<Vec<_>>();
+        let (code, memory, vcpu) = (&mut self.code, &*self.memory, self.vcpu);
+        self.trace
+            .exclusive(
+                vcpu,
+                &ranges,
+                &mut |notice| Self::apply(code, memory, vcpu, tlb, &notice),
+                perform,
+            )
+            .map_err(|_| Restart)
+    }
+
+    fn device_read(&mut self, gpa: u64, data: &mut [u8]) {
+        self.exits.device += 1;
+        let end = gpa.saturating_add(data.len() as u64);
+        match self
+            .trace
+            .device_at(Range { lo: gpa, hi: end }, Sense::READ)
+        {
+            Some((cookie, registers)) => {
+                let offset = gpa.wrapping_sub(registers.lo);
+                self.platform
+                    .device_read(self.vcpu.index() as u8, cookie, offset, data);
+            }
+            None => data.fill(0xff),
+        }
+        self.look_for_interrupts = true;
+    }
+
+    fn device_write(&mut self, gpa: u64, data: &[u8]) {
+        self.exits.device += 1;
+        let end = gpa.saturating_add(data.len() as u64);
+        if let Some((cookie, registers)) = self
+            .trace
+            .device_at(Range { lo: gpa, hi: end }, Sense::WRITE)
+        {
+            let offset = gpa.wrapping_sub(registers.lo);
+            self.platform
+                .device_write(self.vcpu.index() as u8, cookie, offset, data);
+        }
+        self.look_for_interrupts = true;
+    }
+
+    fn port_read(&mut self, port: u16, size: u8) -> u32 {
+        self.exits.port += 1;
+        self.platform.port_read(self.vcpu.index() as u8, port, size)
+    }
+
+    fn port_write(&mut self, port: u16, size: u8, value: u32) {
+        self.exits.port += 1;
+        self.platform
+            .port_write(self.vcpu.index() as u8, port, size, value);
+    }
+
+    fn tsc(&mut self, cpu: &CpuState) -> u64 {
+        crate::clock::host_tsc().wrapping_add(cpu.msr.tsc_offset)
+    }
+
+    fn cpuid(&mut self, cpu: &CpuState, leaf: u32, subleaf: u32) -> [u32; 4] {
+        self.exits.cpuid += 1;
+        let dynamic = self.dynamic(cpu);
+        self.cpuid.read(leaf, subleaf, dynamic)
+    }
+
+    fn msr_read(&mut self, cpu: &CpuState, index: u32) -> Result<u64, MsrFault> {
+        self.exits.msr += 1;
+        if is_apic_msr(index) {
+            return self.apic.read_msr(index).ok_or(MsrFault);
+        }
+        let tsc = self.tsc(cpu);
+        msr::read(cpu, &self.cpuid, index, tsc).ok_or_else(|| {
+            tracing::debug!(target: "msr", "RDMSR of {index:#x} raises #GP");
+            MsrFault
+        })
+    }
+
+    fn msr_write(
+        &mut self,
+        cpu: &mut CpuState,
+        tlb: &mut Tlb,
+        index: u32,
+        value: u64,
+    ) -> Result<(), MsrFault> {
+        self.exits.msr += 1;
+        let tsc = self.tsc(cpu);
+        if is_apic_msr(index) {
+            self.look_for_interrupts = true;
+            return self.apic.write_msr(index, value, tsc).ok_or(MsrFault);
+        }
+        match msr::write(cpu, &self.cpuid, index, value, tsc) {
+            Some(effect) => {
+                if effect != msr::Effect::None {
+                    self.before_flush(tlb);
+                    tlb.flush_all();
+                }
+                Ok(())
+            }
+            None => {
+                tracing::debug!(target: "msr", "WRMSR of {value:#x} to {index:#x} raises #GP");
+                Err(MsrFault)
+            }
+        }
+    }
+
+    fn cr8_read(&mut self) -> u64 {
+        u64::from(self.apic.task_priority_class())
+    }
+
+    fn cr8_write(&mut self, value: u64) {
+        self.apic.set_task_priority_class(value as u8 & 0xf);
+        self.look_for_interrupts = true;
+    }
+
+    fn before_flush(&mut self, _tlb: &mut Tlb) {
+        // Page tables are walked anew after every flush; nothing is derived from them but the TLB.
+    }
+
+    fn pause(&mut self) {
+        self.pauses += 1;
+        if self.pauses.is_multiple_of(PAUSES_PER_YIELD) {
+            std::thread::yield_now();
+        }
+    }
+}
+
+/// IA32_APIC_BASE, IA32_TSC_DEADLINE and the x2APIC registers live with the local APIC.
+fn is_apic_msr(index: u32) -> bool {
+    matches!(index, 0x1b | 0x6e0 | 0x800..=0x8ff)
+}
