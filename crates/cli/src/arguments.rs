@@ -9,6 +9,7 @@ use trapline_machine::MachineConfig;
 use trapline_machine::config::{
     ConfigError, EngineKind, MAX_VCPUS, SerialMode, TraceNotify, validate_memory,
 };
+use trapline_machine::gdb::GdbAddress;
 
 use crate::keyed;
 
@@ -98,6 +99,10 @@ pub struct RunArguments {
     #[arg(long, value_enum, default_value_t = Notify::Consumers)]
     pub trace_notify: Notify,
 
+    /// Let gdb connect here ("target remote ADDRESS:PORT"); the guest stops when it does
+    #[arg(long, value_name = "[ADDRESS:]PORT")]
+    pub gdb: Option<GdbAddress>,
+
     /// Stop the machine after this many seconds
     #[arg(long, value_name = "SECONDS", value_parser = seconds)]
     pub timeout: Option<Duration>,
@@ -154,6 +159,7 @@ impl RunArguments {
                 Notify::Consumers => TraceNotify::Consumers,
                 Notify::All => TraceNotify::All,
             },
+            gdb: self.gdb.clone(),
         }
     }
 }
@@ -238,6 +244,7 @@ mod tests {
             "--serial=file=a=b",
             "--engine=step",
             "--trace-notify=all",
+            "--gdb=1234",
             "--timeout=1.5",
             "--stats=s",
             "--log=debug",
@@ -254,6 +261,7 @@ mod tests {
             timeout: Some(Duration::from_millis(1500)),
             stats: Some("s".into()),
             trace_notify: TraceNotify::All,
+            gdb: Some("127.0.0.1:1234".parse().unwrap()),
         };
         assert_eq!(config.unwrap(), expected);
     }

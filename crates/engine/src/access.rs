@@ -372,7 +372,7 @@ impl<'a, E: Environment> Core<'a, E> {
             // processor makes it.
             let mut result = Ok(());
             if pieces.first.is_sensed() {
-                self.leave_block |= kind == Access::Write;
+                self.leave_block = true;
                 let cpu = &mut *self.cpu;
                 self.env
                     .sensed(self.tlb, rip, &[pieces.first.span()], kind, &mut || {

@@ -5,6 +5,8 @@ use std::time::Duration;
 
 use thiserror::Error;
 
+use crate::gdb::GdbAddress;
+
 /// The most VCPUs a machine may have.
 pub const MAX_VCPUS: u8 = 64;
 /// The least guest memory, in bytes: the first MiB is firmware's, a kernel needs some beside it.
@@ -70,6 +72,8 @@ pub struct MachineConfig {
     /// Where the statistics are written at exit, as one JSON object.
     pub stats: Option<PathBuf>,
     pub trace_notify: TraceNotify,
+    /// Where a gdb stub listens.
+    pub gdb: Option<GdbAddress>,
 }
 
 /// A configuration from which no machine can be built.
@@ -105,6 +109,7 @@ impl MachineConfig {
             timeout: None,
             stats: None,
             trace_notify: TraceNotify::default(),
+            gdb: None,
         }
     }
 

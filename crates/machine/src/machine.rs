@@ -12,6 +12,7 @@ use trapline_devices::clock::HostClock;
 use trapline_devices::serial::SerialInput;
 use trapline_memory::GuestMemory;
 use trapline_monitor::clock::host_tsc;
+use trapline_monitor::debug::Breakpoints;
 use trapline_monitor::interrupt::VcpuSignals;
 use trapline_monitor::signals::Signals;
 use trapline_monitor::surroundings::Surroundings;
@@ -20,9 +21,10 @@ use trapline_x86::CpuState;
 use trapline_x86::cpuid::{CpuidConfig, CpuidModel};
 use vm_memory::{Bytes, GuestAddress};
 
-use crate::config::MachineConfig;
+use crate::config::{EngineKind, MachineConfig};
 use crate::console::Console;
 use crate::ending::{End, Ending};
+use crate::gdb::{Debugger, GdbServer};
 use crate::load::{self, LoadRequest};
 use crate::outcome::{MachineError, Outcome};
 use crate::platform::Buses;
@@ -48,15 +50,22 @@ pub fn run(
     stop: StopHandle,
 ) -> Result<Outcome, MachineError> {
     config.validate()?;
+    if config.engine == EngineKind::Translate {
+        return Err(MachineError::Unsupported {
+            what: "--engine translate",
+            remedy: "this version steps through all code; use --engine auto",
+        });
+    }
     let deadline = config.timeout.map(|limit| Instant::now() + limit);
     let output = SharedOutput(Arc::new(Mutex::new(console.output)));
     let input = InputThread::spawn(console.input)?;
     let tsc_frequency = trapline_devices::tsc::tsc_frequency();
+    let gdb = config.gdb.as_ref().map(GdbServer::listen).transpose()?;
     let mut report = Report::start();
     let end = loop {
         let machine = Machine::build(config, output.clone(), tsc_frequency)?;
         input.connect(Some(machine.chipset.serial_input()));
-        let end = machine.run(&stop, deadline, &mut report)?;
+        let end = machine.run(&stop, deadline, gdb.as_ref(), &mut report)?;
         input.connect(None);
         if end != End::Reset {
             break end;
@@ -94,6 +103,7 @@ struct Machine {
     chipset: Arc<Chipset>,
     cpuid: Arc<CpuidModel>,
     ending: Arc<Ending>,
+    breakpoints: Arc<Breakpoints>,
 }
 
 impl Machine {
@@ -111,8 +121,15 @@ impl Machine {
         let memory = Arc::new(memory);
         let trace = Arc::new(TraceSystem::new(count, Arc::clone(&memory) as _));
         let ending = Arc::new(Ending::default());
+        let breakpoints = Arc::new(Breakpoints::default());
         let signals: Vec<Arc<Signals>> = (0..count)
-            .map(|n| Arc::new(Signals::new(Arc::clone(&trace), VcpuId::new(n))))
+            .map(|n| {
+                Arc::new(Signals::new(
+                    Arc::clone(&trace),
+                    VcpuId::new(n),
+                    Arc::clone(&breakpoints),
+                ))
+            })
             .collect();
         let chipset = Chipset::new(ChipsetConfig {
             signals: signals
@@ -197,6 +214,7 @@ impl Machine {
             chipset: Arc::new(chipset),
             cpuid: Arc::new(cpuid),
             ending,
+            breakpoints,
         })
     }
 
@@ -205,6 +223,7 @@ impl Machine {
         self,
         stop: &StopHandle,
         deadline: Option<Instant>,
+        gdb: Option<&GdbServer>,
         report: &mut Report,
     ) -> Result<End, MachineError> {
         let platform = Arc::new(Buses {
@@ -213,6 +232,15 @@ impl Machine {
         let timers = self.chipset.spawn_timers().map_err(no_thread)?;
         let ending = Arc::clone(&self.ending);
         stop.on_request(move |reason| ending.announce(End::Stopped(reason)));
+        let debugger = Debugger::new(
+            self.vcpus
+                .iter()
+                .map(|(signals, _)| Arc::clone(signals))
+                .collect(),
+            Arc::clone(&self.breakpoints),
+            Arc::clone(&self.memory),
+            Arc::clone(&self.trace),
+        );
         let mut threads = Vec::new();
         for (n, (signals, cpu)) in self.vcpus.into_iter().enumerate() {
             let Some(apic) = self.chipset.local_apic(n) else {
@@ -231,8 +259,18 @@ impl Machine {
                 }
             }
         }
+        let server = match gdb.map(|gdb| gdb.serve(debugger)).transpose() {
+            Ok(server) => server,
+            Err(error) => {
+                stop_all(threads);
+                return Err(no_thread(error));
+            }
+        };
         let end = self.ending.wait(deadline);
         report.add(stop_all(threads), &self.trace);
+        if let Some(server) = server {
+            let _ = server.join();
+        }
         drop(timers);
         Ok(end)
     }

@@ -9,6 +9,7 @@
 
 pub mod clock;
 pub mod code_cache;
+pub mod debug;
 pub mod interrupt;
 pub mod platform;
 pub mod signals;

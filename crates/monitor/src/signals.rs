@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use trapline_trace::{TraceSystem, VcpuId};
 
+use crate::debug::{Breakpoints, DebugPort};
 use crate::interrupt::VcpuSignals;
 
 /// Bits of a VCPU's attention word beside those of the trace subsystem.
@@ -20,6 +21,8 @@ pub mod attention {
     pub const EVENT: u32 = 1 << 9;
     /// The machine stops.
     pub const STOP: u32 = 1 << 10;
+    /// A debugger wants something, or a watchpoint was hit.
+    pub const DEBUG: u32 = 1 << 11;
 }
 
 /// No start-up IPI waits.
@@ -32,6 +35,10 @@ pub struct Signals {
     nmi: AtomicBool,
     init: AtomicBool,
     startup: AtomicU32,
+    stopping: AtomicBool,
+    /// The debugger's access to this VCPU.
+    pub debug: DebugPort,
+    pub breakpoints: Arc<Breakpoints>,
 }
 
 /// Events taken from [`Signals`].
@@ -44,19 +51,33 @@ pub struct Events {
 }
 
 impl Signals {
-    pub fn new(trace: Arc<TraceSystem>, vcpu: VcpuId) -> Self {
+    pub fn new(trace: Arc<TraceSystem>, vcpu: VcpuId, breakpoints: Arc<Breakpoints>) -> Self {
         Self {
             trace,
             vcpu,
             nmi: AtomicBool::new(false),
             init: AtomicBool::new(false),
             startup: AtomicU32::new(NO_STARTUP),
+            stopping: AtomicBool::new(false),
+            debug: DebugPort::default(),
+            breakpoints,
         }
     }
 
     /// Asks the VCPU's thread to end at its next instruction boundary.
     pub fn stop(&self) {
+        self.stopping.store(true, Ordering::Release);
         self.trace.raise(self.vcpu, attention::STOP);
+    }
+
+    /// Whether [`Self::stop`] has been called.
+    pub fn is_stopping(&self) -> bool {
+        self.stopping.load(Ordering::Acquire)
+    }
+
+    /// Makes the VCPU look at its [`DebugPort`] and at the breakpoints.
+    pub fn debug(&self) {
+        self.trace.raise(self.vcpu, attention::DEBUG);
     }
 
     /// Takes what waits.

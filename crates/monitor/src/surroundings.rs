@@ -20,6 +20,7 @@ use trapline_x86::{CpuState, msr};
 use crate::code_cache::CodeCache;
 use crate::interrupt::LocalInterrupts;
 use crate::platform::Platform;
+use crate::signals::attention;
 use crate::statistics::Exits;
 
 /// PAUSE instructions after which the thread gives up its turn.
@@ -38,6 +39,8 @@ pub struct Surroundings {
     /// Set where an interrupt may have become deliverable by what this VCPU did itself.
     pub look_for_interrupts: bool,
     pub exits: Exits,
+    /// The watchpoint of a debugger that this VCPU's last access hit.
+    pub watchpoint_hit: Option<u64>,
     pauses: u32,
 }
 
@@ -76,6 +79,7 @@ impl Surroundings {
             code: CodeCache::default(),
             look_for_interrupts: false,
             exits: Exits::default(),
+            watchpoint_hit: None,
             pauses: 0,
         }
     }
@@ -250,15 +254,29 @@ impl Environment for Surroundings {
         self.exits.sensed += 1;
         let ranges = spans.iter().map(|&s| range(s)).collect::<Vec<_>>();
         let (code, memory, vcpu) = (&mut self.code, &*self.memory, self.vcpu);
+        let mut watchpoint = None;
         self.trace
             .access(
                 Actor::Vcpu(vcpu),
                 &ranges,
                 sense(access),
-                &mut |notice| Self::apply(code, memory, vcpu, tlb, &notice),
+                &mut |notice| {
+                    if let Notice::Notification(n) = notice
+                        && n.kind == Kind::Watch
+                        && n.actor == Actor::Vcpu(vcpu)
+                    {
+                        watchpoint = Some(n.cookie);
+                    }
+                    Self::apply(code, memory, vcpu, tlb, &notice);
+                },
                 perform,
             )
-            .map_err(|_| Restart)
+            .map_err(|_| Restart)?;
+        if watchpoint.is_some() {
+            self.watchpoint_hit = watchpoint;
+            self.trace.raise(vcpu, attention::DEBUG);
+        }
+        Ok(())
     }
 
     fn exclusive(

@@ -13,13 +13,14 @@ use trapline_engine::decode::{DecodeEnd, Features, decode};
 use trapline_engine::env::{Backing, Environment};
 use trapline_engine::native::{NativeCode, NativeError, ThunkError};
 use trapline_engine::step::events::{Delivered, Event, raise};
-use trapline_engine::step::run::{Turn, run};
+use trapline_engine::step::run::{Turn, run, run_one};
 use trapline_engine::tlb::{Access, Privilege, Tlb};
 use trapline_trace::{Kind, Range, Sense, VcpuSet};
 use trapline_x86::state::{Activity, InterruptShadow};
 use trapline_x86::{CpuState, Exception, Mode};
 
 use crate::code_cache::{CachedBlock, Key};
+use crate::debug::{Resume, StopCause};
 use crate::signals::{Signals, attention};
 use crate::statistics::VcpuStatistics;
 use crate::surroundings::Surroundings;
@@ -48,6 +49,12 @@ pub struct Vcpu {
     undelivered: Option<Event>,
     nmi_pending: bool,
     statistics: VcpuStatistics,
+    /// A debugger has breakpoints, steps or waits: instructions run singly.
+    debugging: bool,
+    stepping: bool,
+    stepped: bool,
+    /// The breakpoint here has been reported: the next instruction runs.
+    passed_breakpoint: Option<u64>,
     /// Whether every block is logged.
     log_blocks: bool,
 }
@@ -82,6 +89,10 @@ impl Vcpu {
             undelivered: None,
             nmi_pending: false,
             statistics: VcpuStatistics::default(),
+            debugging: false,
+            stepping: false,
+            stepped: false,
+            passed_breakpoint: None,
             log_blocks: tracing::enabled!(target: "exec", tracing::Level::TRACE),
         })
     }
@@ -117,6 +128,9 @@ impl Vcpu {
             if word.pending() && self.attend() {
                 return Exit::Stopped;
             }
+            if self.debugging {
+                self.stop_for_debugger();
+            }
             if self.cpu.activity != Activity::Active {
                 if self.cpu.activity == Activity::Shutdown {
                     return Exit::TripleFault;
@@ -149,13 +163,16 @@ impl Vcpu {
         let taken = s
             .trace
             .attention(s.vcpu)
-            .take(attention::INTERRUPT | attention::EVENT | attention::STOP);
+            .take(attention::INTERRUPT | attention::EVENT | attention::STOP | attention::DEBUG);
         s.boundary(&mut self.tlb);
         if s.code.has_released() {
             s.remove_released();
         }
         if taken & attention::STOP != 0 {
             return true;
+        }
+        if taken & attention::DEBUG != 0 {
+            self.debugging = true;
         }
         if taken & attention::INTERRUPT != 0 {
             s.look_for_interrupts = true;
@@ -179,6 +196,44 @@ impl Vcpu {
             }
         }
         false
+    }
+
+    /// Stops for the debugger if it wants so, at a breakpoint, behind a step or a watchpoint.
+    #[cold]
+    fn stop_for_debugger(&mut self) {
+        let breakpoints = Arc::clone(&self.signals.breakpoints);
+        let linear = if self.cpu.mode() == Mode::Long64 {
+            self.cpu.rip
+        } else {
+            self.cpu.cs().base.wrapping_add(self.cpu.rip) & 0xffff_ffff
+        };
+        let cause = if let Some(number) = self.surroundings.watchpoint_hit.take() {
+            StopCause::Watchpoint(number)
+        } else if self.signals.debug.is_wanted() {
+            StopCause::Asked
+        } else if self.stepped {
+            StopCause::Stepped
+        } else if self.passed_breakpoint != Some(linear)
+            && self.cpu.activity == Activity::Active
+            && breakpoints.contains(linear)
+        {
+            StopCause::Breakpoint
+        } else {
+            self.debugging = breakpoints.armed() || self.stepping;
+            return;
+        };
+        let s = &mut self.surroundings;
+        s.trace.enter_safe(s.vcpu);
+        let signals = Arc::clone(&self.signals);
+        let how = signals
+            .debug
+            .stop(cause, &mut self.cpu, &|| signals.is_stopping());
+        s.trace.leave_safe(s.vcpu);
+        // The debugger may have changed what translations and blocks were chosen by.
+        self.tlb.flush_all();
+        self.stepping = how == Resume::Step;
+        self.stepped = false;
+        self.passed_breakpoint = Some(linear);
     }
 
     /// Sleeps until the attention word changes, unless what would end the halt is here already.
@@ -259,7 +314,15 @@ impl Vcpu {
         }
         self.statistics.blocks += 1;
         let mut core = Core::new(&mut self.cpu, &mut self.tlb, &mut self.surroundings);
-        let (turn, done) = run(&mut core, &cached.block);
+        let (turn, done) = if self.debugging {
+            run_one(&mut core, &cached.block)
+        } else {
+            run(&mut core, &cached.block)
+        };
+        if done > 0 {
+            self.passed_breakpoint = None;
+            self.stepped |= self.stepping;
+        }
         self.statistics.instructions += done;
         match turn {
             Turn::Continue | Turn::Stopped => {}

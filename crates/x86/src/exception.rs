@@ -59,7 +59,12 @@ pub mod selector_error {
 
 impl Exception {
     const fn new(vector: Vector, error: Option<u32>) -> Self {
-        Self { vector, error, cr2: None, dr6: 0 }
+        Self {
+            vector,
+            error,
+            cr2: None,
+            dr6: 0,
+        }
     }
     /// #DE
     pub const fn divide_error() -> Self {
@@ -67,7 +72,12 @@ impl Exception {
     }
     /// #DB with the DR6 bits that it reports.
     pub const fn debug(dr6: u64) -> Self {
-        Self { vector: Vector::Debug, error: None, cr2: None, dr6 }
+        Self {
+            vector: Vector::Debug,
+            error: None,
+            cr2: None,
+            dr6,
+        }
     }
     /// #UD
     pub const fn invalid_opcode() -> Self {
@@ -95,7 +105,12 @@ impl Exception {
     }
     /// #PF at a linear address, with [`page_fault`] bits.
     pub const fn page_fault(linear: u64, error: u32) -> Self {
-        Self { vector: Vector::PageFault, error: Some(error), cr2: Some(linear), dr6: 0 }
+        Self {
+            vector: Vector::PageFault,
+            error: Some(error),
+            cr2: Some(linear),
+            dr6: 0,
+        }
     }
     /// #AC
     pub const fn alignment_check() -> Self {
@@ -118,7 +133,10 @@ impl Exception {
     /// Whether the saved instruction pointer is that of the instruction itself. #BP and #OF are
     /// traps; a debug exception may be either, and its raiser sets the instruction pointer.
     pub const fn is_fault(&self) -> bool {
-        !matches!(self.vector, Vector::Breakpoint | Vector::Overflow | Vector::Debug)
+        !matches!(
+            self.vector,
+            Vector::Breakpoint | Vector::Overflow | Vector::Debug
+        )
     }
 
     /// Whether this exception counts as contributory in the double-fault rules (SDM vol. 3,

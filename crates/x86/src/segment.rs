@@ -105,7 +105,12 @@ impl Segment {
     }
     /// A null segment with the given selector (0 to 3).
     pub const fn null(selector: u16) -> Self {
-        Self { base: 0, limit: 0, rights: Rights::unusable(), selector }
+        Self {
+            base: 0,
+            limit: 0,
+            rights: Rights::unusable(),
+            selector,
+        }
     }
     /// The selector's requested privilege level.
     pub const fn rpl(&self) -> u8 {

@@ -146,8 +146,18 @@ impl CpuState {
         let mut cs = Segment::real(0xf000);
         cs.base = 0xffff_0000;
         cs.rights = Rights(cs.rights.0 | Rights::CODE);
-        let ldtr = Segment { base: 0, limit: 0xffff, rights: Rights(Rights::P | 2), selector: 0 };
-        let tr = Segment { base: 0, limit: 0xffff, rights: Rights(Rights::P | 11), selector: 0 };
+        let ldtr = Segment {
+            base: 0,
+            limit: 0xffff,
+            rights: Rights(Rights::P | 2),
+            selector: 0,
+        };
+        let tr = Segment {
+            base: 0,
+            limit: 0xffff,
+            rights: Rights(Rights::P | 11),
+            selector: 0,
+        };
         let data = Segment::real(0);
         Self {
             gpr: [0; 16],
@@ -155,8 +165,14 @@ impl CpuState {
             rflags: rflags::ONE,
             seg: [data, cs, data, data, data, data],
             cpl: 0,
-            gdtr: TableRegister { base: 0, limit: 0xffff },
-            idtr: TableRegister { base: 0, limit: 0xffff },
+            gdtr: TableRegister {
+                base: 0,
+                limit: 0xffff,
+            },
+            idtr: TableRegister {
+                base: 0,
+                limit: 0xffff,
+            },
             ldtr,
             tr,
             cr0: cr0::CD | cr0::NW | cr0::ET,
@@ -168,7 +184,11 @@ impl CpuState {
             dr: [0; 4],
             dr6: dr6::RESET,
             dr7: dr7::RESET,
-            msr: Msrs { pat: 0x0007_0406_0007_0406, misc_enable: 1, ..Msrs::default() },
+            msr: Msrs {
+                pat: 0x0007_0406_0007_0406,
+                misc_enable: 1,
+                ..Msrs::default()
+            },
             activity: Activity::Active,
             shadow: InterruptShadow::None,
             nmi_blocked: false,
@@ -186,7 +206,11 @@ impl CpuState {
         self.msr = keep.msr;
         self.xcr0 = keep.xcr0;
         self.cr0 = (keep.cr0 & (cr0::CD | cr0::NW)) | cr0::ET;
-        self.activity = if bootstrap { Activity::Active } else { Activity::WaitForSipi };
+        self.activity = if bootstrap {
+            Activity::Active
+        } else {
+            Activity::WaitForSipi
+        };
     }
 
     /// A start-up IPI with `vector`: execution begins in real mode at `vector` << 12.
@@ -285,7 +309,10 @@ mod tests {
         cpu.init(false);
         assert_eq!(cpu.activity, Activity::WaitForSipi);
         cpu.startup(0x9a);
-        assert_eq!((cpu.cs().base, cpu.rip, cpu.cs().selector), (0x9a000, 0, 0x9a00));
+        assert_eq!(
+            (cpu.cs().base, cpu.rip, cpu.cs().selector),
+            (0x9a000, 0, 0x9a00)
+        );
         assert_eq!(cpu.activity, Activity::Active);
     }
 

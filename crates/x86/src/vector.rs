@@ -42,6 +42,11 @@ pub struct VectorState {
 
 impl Default for VectorState {
     fn default() -> Self {
-        Self { zmm: [Zmm([0; 64]); 32], x87: X87::init(), k: [0; 8], mxcsr: MXCSR_RESET }
+        Self {
+            zmm: [Zmm([0; 64]); 32],
+            x87: X87::init(),
+            k: [0; 8],
+            mxcsr: MXCSR_RESET,
+        }
     }
 }

@@ -37,14 +37,7 @@ pub fn run<E: Environment>(core: &mut Core<'_, E>, block: &Block) -> (Turn, u64)
         || core.cpu.rflags & (rflags::TF | rflags::RF) != 0
         || core.cpu.dr7 & dr7::ENABLES != 0;
     if special {
-        return match block
-            .ops
-            .iter()
-            .find(|op| !matches!(op.kind, OpKind::Run(_)))
-        {
-            Some(op) => single(core, op),
-            None => (Turn::Continue, 0),
-        };
+        return run_one(core, block);
     }
     let mut done = 0;
     let mut n = 0;
@@ -88,6 +81,19 @@ pub fn run<E: Environment>(core: &mut Core<'_, E>, block: &Block) -> (Turn, u64)
         }
     }
     (Turn::Continue, done)
+}
+
+/// Executes the first instruction of `block` alone. As [`run`] otherwise.
+pub fn run_one<E: Environment>(core: &mut Core<'_, E>, block: &Block) -> (Turn, u64) {
+    core.leave_block = false;
+    match block
+        .ops
+        .iter()
+        .find(|op| !matches!(op.kind, OpKind::Run(_)))
+    {
+        Some(op) => single(core, op),
+        None => (Turn::Continue, 0),
+    }
 }
 
 #[inline(always)]
