@@ -13,6 +13,11 @@ use trapline_x86::Mode;
 
 /// The most blocks kept: then all go. Bounds the memory that guest code can make the VMM use.
 const MAX_BLOCKS: usize = 24 * 1024;
+/// The most operations in them: ordinary blocks reach the other bound first, but a block may be
+/// long.
+const MAX_OPERATIONS: usize = 256 * 1024;
+/// Traces without a block that may wait for their removal while nothing else is to be done.
+const MANY_RELEASED: usize = 256;
 /// Entries of the jump cache; a power of two.
 const JUMP_ENTRIES: usize = 4096;
 
@@ -80,8 +85,15 @@ pub struct CodeStatistics {
 pub struct CodeCache {
     blocks: HashMap<Key, Rc<CachedBlock>>,
     by_page: HashMap<u64, Vec<Key>>,
+    /// In all blocks.
+    operations: usize,
     jumps: Vec<Option<Jump>>,
-    /// Traces of blocks that are gone, to be removed at the next opportunity.
+    /// How many blocks need a trace. Blocks of the same bytes share one (the same page under two
+    /// addresses), and a trace that waits for its removal is given out again if the same bytes are
+    /// decoded anew.
+    uses: HashMap<TraceId, u32>,
+    /// Traces that lost their last block, to be removed at the next opportunity if they are still
+    /// without one then.
     released: Vec<TraceId>,
     pub statistics: CodeStatistics,
 }
@@ -91,7 +103,9 @@ impl Default for CodeCache {
         Self {
             blocks: HashMap::new(),
             by_page: HashMap::new(),
+            operations: 0,
             jumps: vec![None; JUMP_ENTRIES],
+            uses: HashMap::new(),
             released: Vec::new(),
             statistics: CodeStatistics::default(),
         }
@@ -131,10 +145,29 @@ impl CodeCache {
 
     /// Whether the cache has reached its bound; the caller then drops everything.
     pub fn is_full(&self) -> bool {
-        self.blocks.len() >= MAX_BLOCKS
+        self.blocks.len() >= MAX_BLOCKS || self.operations >= MAX_OPERATIONS
     }
 
-    /// Adds a block whose traces are established. Replaces one with the same key.
+    /// Notes that a block needs the trace: between its being established and the block's being
+    /// inserted, or given up by [`Self::release_trace`].
+    pub fn use_trace(&mut self, id: TraceId) {
+        *self.uses.entry(id).or_default() += 1;
+    }
+
+    /// Takes back one [`Self::use_trace`].
+    pub fn release_trace(&mut self, id: TraceId) {
+        let Some(uses) = self.uses.get_mut(&id) else {
+            return;
+        };
+        *uses -= 1;
+        if *uses == 0 {
+            self.uses.remove(&id);
+            self.released.push(id);
+        }
+    }
+
+    /// Adds a block whose traces are established and noted by [`Self::use_trace`]. Replaces one
+    /// with the same key.
     pub fn insert(&mut self, key: Key, block: CachedBlock) -> Rc<CachedBlock> {
         self.statistics.decoded_blocks += 1;
         self.statistics.decoded_bytes += u64::from(block.block.len);
@@ -144,6 +177,7 @@ impl CodeCache {
         if let Some(second) = block.second {
             self.by_page.entry(second.lo >> 12).or_default().push(key);
         }
+        self.operations += block.block.ops.len();
         self.blocks.insert(key, Rc::clone(&block));
         block
     }
@@ -152,6 +186,7 @@ impl CodeCache {
         let Some(block) = self.blocks.remove(&key) else {
             return false;
         };
+        self.operations -= block.block.ops.len();
         let pages = [Some(block.first.lo >> 12), block.second.map(|s| s.lo >> 12)];
         for page in pages.into_iter().flatten() {
             if let Some(keys) = self.by_page.get_mut(&page) {
@@ -161,7 +196,9 @@ impl CodeCache {
                 }
             }
         }
-        self.released.extend(block.traces.iter().flatten());
+        for id in block.traces.into_iter().flatten() {
+            self.release_trace(id);
+        }
         true
     }
 
@@ -188,18 +225,28 @@ impl CodeCache {
 
     /// Removes everything.
     pub fn clear(&mut self) {
-        for block in self.blocks.values() {
-            self.released.extend(block.traces.iter().flatten());
+        for (_, block) in std::mem::take(&mut self.blocks) {
+            for id in block.traces.into_iter().flatten() {
+                self.release_trace(id);
+            }
         }
-        self.blocks.clear();
         self.by_page.clear();
+        self.operations = 0;
         self.jumps.fill(None);
         self.statistics.drops += 1;
     }
 
     /// Traces that no block needs any more.
     pub fn take_released(&mut self) -> Vec<TraceId> {
-        std::mem::take(&mut self.released)
+        let mut released = std::mem::take(&mut self.released);
+        released.retain(|id| !self.uses.contains_key(id));
+        released
+    }
+
+    /// Whether so many wait that it should not go on without a removal: a guest may change code for
+    /// long without anything that asks for attention.
+    pub fn has_many_released(&self) -> bool {
+        self.released.len() >= MANY_RELEASED
     }
 
     pub fn has_released(&self) -> bool {
@@ -209,26 +256,35 @@ impl CodeCache {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
+    use trapline_trace::{AlwaysSensed, Kind, Sense, TraceSystem, VcpuId, VcpuSet};
+
     use super::*;
 
-    fn add(cache: &mut CodeCache, gpa: u64, len: u32) -> Key {
-        let key = Key {
-            gpa,
-            rip: gpa,
-            mode: Mode::Long64,
-        };
+    fn block(gpa: u64, len: u32, traces: [Option<TraceId>; 2]) -> CachedBlock {
         let block = Block {
             rip: gpa,
             mode: Mode::Long64,
             ops: Vec::new(),
             len,
         };
-        let range = Range {
-            lo: gpa,
-            hi: gpa + u64::from(len),
+        let range = Range::new(gpa, gpa + u64::from(len));
+        CachedBlock::new(block, range, None, traces)
+    }
+
+    fn add_with(cache: &mut CodeCache, gpa: u64, len: u32, traces: [Option<TraceId>; 2]) -> Key {
+        let key = Key {
+            gpa,
+            rip: gpa,
+            mode: Mode::Long64,
         };
-        cache.insert(key, CachedBlock::new(block, range, None, [None, None]));
+        cache.insert(key, block(gpa, len, traces));
         key
+    }
+
+    fn add(cache: &mut CodeCache, gpa: u64, len: u32) -> Key {
+        add_with(cache, gpa, len, [None, None])
     }
 
     #[test]
@@ -247,6 +303,64 @@ mod tests {
         assert!(cache.get(&a).is_none());
         assert!(cache.get(&b).is_some());
         assert_eq!(cache.statistics.invalidated_blocks, 1);
+    }
+
+    /// A trace that is established.
+    fn trace() -> TraceId {
+        let vcpu = VcpuId::new(0);
+        TraceSystem::new(1, Arc::new(AlwaysSensed))
+            .establish(
+                Some(vcpu),
+                VcpuSet::one(vcpu),
+                Range::new(0x1000, 0x1010),
+                Kind::Code,
+                Sense::WRITE,
+                0,
+                &mut |_| {},
+            )
+            .unwrap()
+    }
+
+    #[test]
+    fn a_trace_given_out_again_is_not_removed() {
+        let mut cache = CodeCache::default();
+        let id = trace();
+        cache.use_trace(id);
+        let key = add_with(&mut cache, 0x1000, 0x10, [Some(id), None]);
+        assert!(cache.invalidate(Range::new(0x1004, 0x1008)));
+        assert!(cache.has_released());
+        // The same bytes are decoded again before the removal.
+        cache.use_trace(id);
+        add_with(&mut cache, 0x1000, 0x10, [Some(id), None]);
+        assert!(cache.take_released().is_empty());
+        assert!(cache.get(&key).is_some());
+        assert!(cache.invalidate(Range::new(0x1004, 0x1008)));
+        assert_eq!(cache.take_released(), [id]);
+    }
+
+    #[test]
+    fn blocks_of_the_same_bytes_share_their_trace() {
+        let mut cache = CodeCache::default();
+        let id = trace();
+        for rip in [0x7000, 0x9000] {
+            cache.use_trace(id);
+            let key = Key {
+                gpa: 0x1000,
+                rip,
+                mode: Mode::Long64,
+            };
+            cache.insert(key, block(0x1000, 0x10, [Some(id), None]));
+        }
+        // Another block takes the place of one of them.
+        let key = Key {
+            gpa: 0x1000,
+            rip: 0x7000,
+            mode: Mode::Long64,
+        };
+        cache.insert(key, block(0x1000, 0x8, [None, None]));
+        assert!(cache.take_released().is_empty());
+        cache.clear();
+        assert_eq!(cache.take_released(), [id]);
     }
 
     #[test]

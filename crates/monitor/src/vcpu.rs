@@ -421,6 +421,9 @@ impl Vcpu {
         if self.surroundings.code.is_full() {
             self.drop_code();
         }
+        if self.surroundings.code.has_many_released() {
+            self.surroundings.remove_released();
+        }
         let room = (PAGE - (linear & (PAGE - 1))) as usize;
         let mut bytes = [0xff; PAGE as usize + 16];
         let read = |s: &Surroundings, gpa: u64, into: &mut [u8]| {
@@ -543,13 +546,16 @@ impl Vcpu {
                 0,
                 &mut |notice| Surroundings::apply(code, memory, vcpu, tlb, &notice),
             )
-            .map(Some)
+            .map(|id| {
+                code.use_trace(id);
+                Some(id)
+            })
             .map_err(|_| Fault::Restart)
     }
 
     fn release(&mut self, traces: [Option<trapline_trace::TraceId>; 2]) {
         for id in traces.into_iter().flatten() {
-            self.surroundings.trace.remove(self.surroundings.vcpu, id);
+            self.surroundings.code.release_trace(id);
         }
     }
 }
