@@ -14,7 +14,7 @@ const READ: u8 = 1;
 const WRITE: u8 = 2;
 
 fn bits(sense: Sense) -> u8 {
-    u8::from(sense.read) * READ | u8::from(sense.write) * WRITE
+    (u8::from(sense.read) * READ) | (u8::from(sense.write) * WRITE)
 }
 
 /// Attributes of all pages of RAM, by page index.
