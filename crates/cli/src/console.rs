@@ -47,8 +47,10 @@ pub fn open(stop: &StopHandle) -> Result<Console, MachineError> {
     Ok(console)
 }
 
+/// Whether using the terminal does not stop this process. One that does not control it is not
+/// under its job control at all.
 fn in_foreground(terminal: impl AsFd) -> bool {
-    rustix::termios::tcgetpgrp(terminal).is_ok_and(|group| group == rustix::process::getpgrp())
+    rustix::termios::tcgetpgrp(terminal).map_or(true, |group| group == rustix::process::getpgrp())
 }
 
 /// Hands what is typed to the guest, except for escape sequences.
