@@ -23,8 +23,11 @@ pub const SOFT_OFF: u8 = 5;
 
 /// The power button's bit in status and enable.
 const POWER_BUTTON: u16 = 1 << 8;
-/// The events that exist and can be enabled: timer, global lock, power button.
-const ENABLES: u16 = 1 | 1 << 5 | POWER_BUTTON;
+/// The clock's bit. Its alarm comes by IRQ 8 only, as the FADT says, but systems switch the event
+/// on before they look there, and complain if it stays off.
+const CLOCK_ALARM: u16 = 1 << 10;
+/// The events that can be enabled: timer, global lock, power button, clock.
+const ENABLES: u16 = 1 | 1 << 5 | POWER_BUTTON | CLOCK_ALARM;
 /// The system control interrupt is on: there is no other mode.
 const SCI_ENABLED: u16 = 1;
 const SLEEP_ENABLE: u16 = 1 << 13;
@@ -195,5 +198,13 @@ mod tests {
         assert_eq!(board.interrupts(), [9]);
         power.reset();
         assert!(board.interrupts().is_empty());
+    }
+
+    #[test]
+    fn events_that_exist_can_be_enabled() {
+        let (power, _) = power(&Board::new());
+        power.write(0x602, 2, 0xffff);
+        assert_eq!(power.read(0x602, 2), 0x0521, "timer, lock, button, clock");
+        assert_eq!(power.read(0x600, 2), 0);
     }
 }

@@ -36,6 +36,9 @@ use crate::vcpu_thread::VcpuThread;
 const ACPI_BASE: u64 = 0xe_0000;
 /// Guest RAM below this address is in one piece; the rest starts at 4 GiB.
 const LOW_RAM_END: u64 = 3 << 30;
+/// IA32_MTRR_DEF_TYPE as firmware leaves it: enabled, all memory write-back. A reset leaves the
+/// MTRRs disabled, and then systems do without the PAT.
+const FIRMWARE_MTRR_DEF_TYPE: u64 = 1 << 11 | 6;
 /// How long console input that the guest does not take is kept waiting between two tries.
 const INPUT_RETRY: Duration = Duration::from_millis(5);
 
@@ -198,6 +201,7 @@ impl Machine {
                     cpu.init(false);
                 }
                 cpu.msr.tsc_offset = tsc_offset;
+                cpu.msr.mtrr_def_type = FIRMWARE_MTRR_DEF_TYPE;
                 (signals, cpu)
             })
             .collect();
