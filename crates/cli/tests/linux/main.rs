@@ -145,7 +145,7 @@ fn stress(vcpus: u32, options: &str) {
 
 #[test]
 fn stress_with_2_vcpus() {
-    stress(2, "--percent 50");
+    stress(2, "--percent 30");
 }
 
 #[test]
@@ -155,7 +155,7 @@ fn stress_with_4_vcpus() {
 
 #[test]
 fn stress_with_8_vcpus() {
-    stress(8, "--percent 50 --threads 8");
+    stress(8, "--percent 30 --threads 8");
 }
 
 /// Processor time that a process has used.
