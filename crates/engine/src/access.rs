@@ -5,7 +5,7 @@
 //! armed debug register. An access that faults has had no effect on memory.
 #![allow(unsafe_code)]
 
-use trapline_x86::control::{dr6, dr7};
+use trapline_x86::control::{cr0, dr6, dr7, rflags};
 use trapline_x86::{CpuState, Exception};
 
 use crate::env::{Backing, Environment, Restart, Span, Translation};
@@ -54,6 +54,10 @@ pub struct Core<'a, E: Environment> {
     pub leave_block: bool,
     /// Data breakpoints that accesses of this instruction have hit, as DR6 bits.
     pub data_breakpoints: u64,
+    /// Accesses need more than a look-up: breakpoints are armed or alignment is checked.
+    careful: bool,
+    /// Alignment is checked: CPL 3 with CR0.AM and RFLAGS.AC set (SDM vol. 3, 6.15, "#AC").
+    checks_alignment: bool,
 }
 
 /// One page's part of an access.
@@ -89,12 +93,49 @@ struct Pieces {
 
 impl<'a, E: Environment> Core<'a, E> {
     pub fn new(cpu: &'a mut CpuState, tlb: &'a mut Tlb, env: &'a mut E) -> Self {
-        Self {
+        let mut core = Self {
             cpu,
             tlb,
             env,
             leave_block: false,
             data_breakpoints: 0,
+            careful: false,
+            checks_alignment: false,
+        };
+        core.look_at_checks();
+        core
+    }
+
+    /// Finds out which checks the registers ask of every access. What changes these registers ends
+    /// its block.
+    pub(crate) fn look_at_checks(&mut self) {
+        let cpu = &*self.cpu;
+        self.checks_alignment =
+            cpu.cpl() == 3 && cpu.rflags & rflags::AC != 0 && cpu.cr0 & cr0::AM != 0;
+        self.careful = self.checks_alignment || cpu.dr7 & dr7::ENABLES != 0;
+    }
+
+    /// #AC for a misaligned user-mode access. Vectors need their alignment, or none, whatever AC
+    /// says.
+    fn check_alignment(
+        &self,
+        linear: u64,
+        len: usize,
+        privilege: Privilege,
+    ) -> Result<(), Exception> {
+        if !self.checks_alignment || privilege != Privilege::User {
+            return Ok(());
+        }
+        let within = match len {
+            2 => 1,
+            4 => 3,
+            8 | 10 => 7,
+            _ => 0,
+        };
+        if linear & within == 0 {
+            Ok(())
+        } else {
+            Err(Exception::alignment_check())
         }
     }
 
@@ -111,7 +152,7 @@ impl<'a, E: Environment> Core<'a, E> {
         if (linear & (PAGE - 1)) as usize + len > PAGE as usize {
             return None;
         }
-        if self.cpu.dr7 & dr7::ENABLES != 0 {
+        if self.careful {
             return None;
         }
         self.tlb
@@ -235,6 +276,7 @@ impl<'a, E: Environment> Core<'a, E> {
         privilege: Privilege,
     ) -> Result<(), Fault> {
         let linear = self.wrap(linear);
+        self.check_alignment(linear, data.len(), privilege)?;
         let pieces = self.pieces(linear, data.len(), privilege, Access::Read)?;
         self.note_breakpoints(linear, data.len(), Access::Read);
         let (head, tail) = data.split_at_mut(pieces.first.len);
@@ -253,6 +295,7 @@ impl<'a, E: Environment> Core<'a, E> {
         privilege: Privilege,
     ) -> Result<(), Fault> {
         let linear = self.wrap(linear);
+        self.check_alignment(linear, data.len(), privilege)?;
         let pieces = self.pieces(linear, data.len(), privilege, Access::Write)?;
         self.commit(linear, &pieces, data)
     }
@@ -365,6 +408,7 @@ impl<'a, E: Environment> Core<'a, E> {
         perform: &mut dyn FnMut(&mut CpuState, *mut u8) -> Result<(), u8>,
     ) -> Result<(), Fault> {
         let privilege = Privilege::of_data(self.cpu);
+        self.check_alignment(linear, len, privilege)?;
         let pieces = self.pieces(linear, len, privilege, kind)?;
         let rip = self.cpu.rip;
         if let (None, Some(host)) = (pieces.second, pieces.first.host()) {

@@ -1,6 +1,6 @@
 //! Decoding a run of guest bytes into a block.
 
-use iced_x86::{Decoder, DecoderError, DecoderOptions};
+use iced_x86::{Code, Decoder, DecoderError, DecoderOptions, Instruction, Register};
 use trapline_x86::Mode;
 
 use super::features::Features;
@@ -63,7 +63,9 @@ pub fn decode(
         }
         let instruction = decoder.decode();
         let left = bytes.len() - at;
-        if decoder.last_error() == DecoderError::NoMoreBytes && left < MAX_INSTRUCTION_BYTES {
+        let instruction = exchange_or_pause(instruction, &bytes[at..decoder.position()]);
+        let cut_off = decoder.last_error() == DecoderError::NoMoreBytes;
+        if cut_off && left < MAX_INSTRUCTION_BYTES {
             if ops.is_empty() {
                 return Ok(DecodeEnd::NeedMoreBytes);
             }
@@ -71,6 +73,9 @@ pub fn decode(
         }
         let allowed = features.allow(&instruction);
         let mut op = Op::new(instruction, mode, allowed);
+        if instruction.is_invalid() && is_too_long(&bytes[at..], mode) {
+            op.kind = OpKind::TooLong;
+        }
         if matches!(
             op.kind,
             OpKind::Native | OpKind::NativeMemory(_) | OpKind::NativeMasked(_)
@@ -103,6 +108,55 @@ pub fn decode(
     }))
 }
 
+/// The decoder takes 90 with F3 for PAUSE whatever REX.B says, which makes it XCHG of R8 and the
+/// accumulator (SDM vol. 2, "XCHG").
+fn exchange_or_pause(instruction: Instruction, bytes: &[u8]) -> Instruction {
+    let [.., rex @ 0x40..=0x4f, 0x90] = *bytes else {
+        return instruction;
+    };
+    if instruction.code() != Code::Pause || rex & 1 == 0 {
+        return instruction;
+    }
+    let (code, register, accumulator) = if rex & 8 != 0 {
+        (Code::Xchg_r64_RAX, Register::R8, Register::RAX)
+    } else if bytes.contains(&0x66) {
+        (Code::Xchg_r16_AX, Register::R8W, Register::AX)
+    } else {
+        (Code::Xchg_r32_EAX, Register::R8D, Register::EAX)
+    };
+    let Ok(mut exchange) = Instruction::with2(code, register, accumulator) else {
+        return instruction;
+    };
+    exchange.set_code_size(instruction.code_size());
+    exchange.set_ip(instruction.ip());
+    exchange.set_next_ip(instruction.next_ip());
+    exchange.set_len(instruction.len());
+    exchange
+}
+
+/// Whether an instruction that does not decode is longer than 15 bytes rather than undefined: it
+/// goes on behind them when its superfluous prefixes are taken away.
+fn is_too_long(bytes: &[u8], mode: Mode) -> bool {
+    let Some(bytes) = bytes.get(..MAX_INSTRUCTION_BYTES) else {
+        return false;
+    };
+    const SEGMENTS: [u8; 6] = [0x26, 0x2e, 0x36, 0x3e, 0x64, 0x65];
+    const OTHERS: [u8; 5] = [0x66, 0x67, 0xf0, 0xf2, 0xf3];
+    let prefixes = bytes
+        .iter()
+        .take_while(|b| SEGMENTS.contains(b) || OTHERS.contains(b))
+        .count();
+    let (prefixes, rest) = bytes.split_at(prefixes);
+    let mut shorter: Vec<u8> = OTHERS
+        .into_iter()
+        .filter(|p| prefixes.contains(p))
+        .collect();
+    shorter.extend_from_slice(rest);
+    let mut decoder = Decoder::new(mode.bits(), &shorter, DecoderOptions::NONE);
+    let _ = decoder.decode();
+    decoder.last_error() == DecoderError::NoMoreBytes
+}
+
 /// Puts a [`OpKind::Run`] before every two or more neighbouring instructions that can run as one.
 fn batch(ops: Vec<Op>, native: &mut NativeCode) -> Result<Vec<Op>, ThunkError> {
     let joins = |op: &Op| {
@@ -133,4 +187,26 @@ fn batch(ops: Vec<Op>, native: &mut NativeCode) -> Result<Vec<Op>, ThunkError> {
         rest = &rest[n..];
     }
     Ok(out)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn too_long_is_not_undefined() {
+        let prefixed = |n: usize, rest: &[u8]| {
+            let mut bytes = vec![0x66; n];
+            bytes.extend_from_slice(rest);
+            bytes.resize(32, 0);
+            is_too_long(&bytes, Mode::Long64)
+        };
+        assert!(prefixed(15, &[0x90]));
+        assert!(prefixed(14, &[0x0f, 0x0b]));
+        // add eax, imm32 and one byte too many
+        assert!(prefixed(10, &[0x48, 0x81, 0xc0, 1, 2, 3, 4]));
+        // PUSH ES is undefined in 64-bit mode.
+        assert!(!prefixed(13, &[0x06]));
+        assert!(!prefixed(3, &[0x06]));
+    }
 }

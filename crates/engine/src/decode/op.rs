@@ -120,6 +120,8 @@ pub enum OpKind {
     /// Privileged, sensitive or far: see `step::system`.
     System,
     Undefined,
+    /// More than 15 bytes: #GP(0).
+    TooLong,
 }
 
 /// One predecoded instruction.
@@ -178,6 +180,7 @@ impl Op {
             | OpKind::Return(_)
             | OpKind::Loop
             | OpKind::Undefined
+            | OpKind::TooLong
             | OpKind::JumpIf(_) => true,
             OpKind::System => !matches!(
                 self.instruction.mnemonic(),
@@ -344,6 +347,8 @@ fn operand_access(i: &Instruction) -> Option<OperandAccess> {
         .find(|&n| i.op_kind(n) == Operand::Memory)
         .and_then(|n| match info.op_access(n) {
             OpAccess::Read | OpAccess::CondRead => Some(OperandAccess::Read),
+            // An unmasked x87 exception keeps the result from memory.
+            OpAccess::Write if check_of(i) == StateCheck::X87 => Some(OperandAccess::ReadWrite),
             OpAccess::Write => Some(OperandAccess::Write),
             OpAccess::CondWrite | OpAccess::ReadWrite | OpAccess::ReadCondWrite => {
                 Some(OperandAccess::ReadWrite)
@@ -409,7 +414,7 @@ fn kind_of(i: &Instruction, mode: Mode) -> OpKind {
 
 /// Whether a mask says which elements of the memory operand are accessed at all.
 fn is_masked(i: &Instruction) -> bool {
-    i.op_mask() != Register::None
+    (i.op_mask() != Register::None && !accesses_all(i))
         || matches!(
             i.mnemonic(),
             Mnemonic::Vmaskmovps
@@ -417,6 +422,50 @@ fn is_masked(i: &Instruction) -> bool {
                 | Mnemonic::Vpmaskmovd
                 | Mnemonic::Vpmaskmovq
         )
+}
+
+/// Whether the instruction accesses its whole memory operand whatever its mask says: its elements
+/// are not those of the result (SDM vol. 2, 2.8, the exception classes with "NF").
+fn accesses_all(i: &Instruction) -> bool {
+    use Mnemonic as M;
+    let name = format!("{:?}", i.mnemonic());
+    const SHUFFLES: [&str; 15] = [
+        "Vinsert",
+        "Vpack",
+        "Vpunpck",
+        "Vunpck",
+        "Vshuf",
+        "Vpshuf",
+        "Vpalignr",
+        "Valign",
+        "Vperm",
+        "Vdbpsadbw",
+        "Vgf2p8affine",
+        "Vpmadd",
+        "Vextract",
+        "Vpconflict",
+        "Vcvtne2ps2bf16",
+    ];
+    if SHUFFLES.iter().any(|prefix| name.starts_with(prefix)) {
+        return !matches!(
+            i.mnemonic(),
+            M::Vpmadd52huq | M::Vpmadd52luq | M::Vpshufbitqmb
+        );
+    }
+    match i.mnemonic() {
+        M::Vmovddup | M::Vmovsldup | M::Vmovshdup | M::Vpmultishiftqb => true,
+        // The count of all elements.
+        M::Vpsllw
+        | M::Vpslld
+        | M::Vpsllq
+        | M::Vpsrlw
+        | M::Vpsrld
+        | M::Vpsrlq
+        | M::Vpsraw
+        | M::Vpsrad
+        | M::Vpsraq => i.op_count() == 3 && i.op_kind(2) == Operand::Memory,
+        _ => false,
+    }
 }
 
 fn control_flow(i: &Instruction) -> Option<OpKind> {

@@ -110,6 +110,41 @@ pub fn effective_offset(cpu: &CpuState, instr: &Instruction) -> u64 {
     sum & mask(address_bits(instr))
 }
 
+/// The linear address of the memory operand's first byte, unchecked.
+pub fn operand_address(cpu: &CpuState, instr: &Instruction) -> u64 {
+    let segment = memory_segment(cpu, instr);
+    let based =
+        cpu.mode() != Mode::Long64 || matches!(segment, SegmentRegister::Fs | SegmentRegister::Gs);
+    let base = if based { cpu.segment(segment).base } else { 0 };
+    base.wrapping_add(effective_offset(cpu, instr))
+}
+
+/// The segment of the memory operand. In 64-bit mode prefixes for ES, CS, SS and DS are ignored, and
+/// what is left of the default is whether a bad address is a stack fault.
+pub fn memory_segment(cpu: &CpuState, instr: &Instruction) -> SegmentRegister {
+    let named = segment_register(instr.memory_segment());
+    let based = matches!(named, SegmentRegister::Fs | SegmentRegister::Gs);
+    if based || cpu.mode() != Mode::Long64 {
+        return named;
+    }
+    match instr.memory_base() {
+        Register::RSP | Register::RBP | Register::ESP | Register::EBP => SegmentRegister::Ss,
+        _ => SegmentRegister::Ds,
+    }
+}
+
+/// The segment of an implicit operand at rSI or rDI, which a prefix may replace. 64-bit mode knows
+/// only FS and GS.
+pub fn prefix_segment(instr: &Instruction) -> SegmentRegister {
+    let named = segment_register(instr.segment_prefix());
+    let based = matches!(named, SegmentRegister::Fs | SegmentRegister::Gs);
+    if instr.code_size() == CodeSize::Code64 && !based {
+        SegmentRegister::Ds
+    } else {
+        named
+    }
+}
+
 /// The segment register that iced names; DS for anything else.
 pub fn segment_register(register: Register) -> SegmentRegister {
     match register {
@@ -132,7 +167,7 @@ pub fn linear<E: Environment>(
     size: usize,
     access: Access,
 ) -> Result<u64, Fault> {
-    let segment = segment_register(instr.memory_segment());
+    let segment = memory_segment(core.cpu, instr);
     linear_for(
         core,
         segment,
@@ -154,7 +189,7 @@ pub fn linear_at<E: Environment>(
     size: usize,
     access: Access,
 ) -> Result<u64, Fault> {
-    let segment = segment_register(instr.memory_segment());
+    let segment = memory_segment(core.cpu, instr);
     let offset = effective_offset(core.cpu, instr).wrapping_add(displacement);
     linear_for(
         core,
@@ -284,6 +319,16 @@ mod tests {
         // mov rax, [rip+0x10], decoded at 0x1000
         let instr = decode(64, &[0x48, 0x8b, 0x05, 0x10, 0, 0, 0]);
         assert_eq!(effective_offset(&cpu, &instr), 0x5017);
+    }
+
+    #[test]
+    fn prefixes_of_string_operands() {
+        let segment = |bits, bytes| prefix_segment(&decode(bits, bytes));
+        // lodsb alone, with SS and with GS
+        assert_eq!(segment(32, &[0xac]), SegmentRegister::Ds);
+        assert_eq!(segment(64, &[0x36, 0xac]), SegmentRegister::Ds);
+        assert_eq!(segment(32, &[0x36, 0xac]), SegmentRegister::Ss);
+        assert_eq!(segment(64, &[0x65, 0xac]), SegmentRegister::Gs);
     }
 
     #[test]

@@ -11,8 +11,8 @@ use crate::decode::Op;
 use crate::env::Environment;
 use crate::tlb::{Access, Privilege};
 
-/// BT, BTS, BTR and BTC of a bit string in memory. The byte that holds the bit is accessed: as
-/// atomic as the operand-sized access of the processor, and never torn by a page edge.
+/// BT, BTS, BTR and BTC of a bit string in memory: the operand-sized part of it that holds the bit
+/// is accessed (SDM vol. 2, "BT"), of which only a byte changes.
 pub fn bit_string<E: Environment>(core: &mut Core<'_, E>, op: &Op) -> Executed {
     let i = &op.instruction;
     let register = i.op1_register();
@@ -33,9 +33,13 @@ pub fn bit_string<E: Environment>(core: &mut Core<'_, E>, op: &Op) -> Executed {
     } else {
         (OperandAccess::ReadWrite, Access::Write)
     };
-    let linear = address::linear_at(core, i, (index >> 3) as u64, 1, kind)?;
+    let size = register.size().clamp(2, 8);
+    let part = (index >> 3) as u64 & !(size as u64 - 1);
+    let byte = (index >> 3) as usize & (size - 1);
+    let linear = address::linear_at(core, i, part, size, kind)?;
     let mut old = false;
-    core.with_operand(linear, 1, access, op.locked, &mut |_, byte| {
+    core.with_operand(linear, size, access, op.locked, &mut |_, operand| {
+        let byte = operand.wrapping_add(byte);
         old = host::bit(byte, (index & 7) as u32, operation, op.locked);
         Ok(())
     })?;

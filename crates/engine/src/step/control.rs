@@ -77,8 +77,12 @@ pub fn jump_indirect<E: Environment>(core: &mut Core<'_, E>, i: &Instruction) ->
 
 /// CALL with its target known.
 pub fn call<E: Environment>(core: &mut Core<'_, E>, i: &Instruction, target: u64) -> Executed {
-    check_target(core.cpu, target)?;
     let bytes = target_bytes(i);
+    if let Err(exception) = check_target(core.cpu, target) {
+        // The stack comes first.
+        stack::probe_push(core, bytes)?;
+        return Err(exception.into());
+    }
     let back = core.cpu.rip.wrapping_add(i.len() as u64);
     let back = if core.cpu.mode() == Mode::Long64 {
         back

@@ -102,7 +102,10 @@ pub fn next_rip(cpu: &CpuState, len: usize) -> u64 {
 /// sets it (SDM vol. 3, 17.3.1.1).
 fn sets_resume_flag(cpu: &CpuState, e: &Exception) -> bool {
     match e.vector {
-        Vector::Debug => e.dr6 & trapline_x86::control::dr6::BD != 0,
+        // Behind an iteration of a repeated instruction RF is set, as it is behind IRET at times.
+        Vector::Debug => {
+            e.dr6 & trapline_x86::control::dr6::BD != 0 || cpu.rflags & rflags::RF != 0
+        }
         Vector::DoubleFault | Vector::MachineCheck => cpu.rflags & rflags::RF != 0,
         _ => e.is_fault(),
     }

@@ -191,7 +191,7 @@ fn a_page_fault_while_delivering_a_benign_event_is_delivered() {
     rig.cpu.set_gpr(Gpr::Rsp, 0x6_0000);
     rig.env.absent.insert(0x5_f000);
     assert_eq!(rig.raise(Event::Interrupt(0x30)), Ok(Delivered::Handler));
-    assert_eq!((rig.cpu.rip, rig.cpu.cr2), (handler(14), 0x5_ffd8));
+    assert_eq!((rig.cpu.rip, rig.cpu.cr2), (handler(14), 0x5_fff8));
     assert_eq!(rig.read64(rig.rsp() + 8), CODE);
 }
 
@@ -203,7 +203,7 @@ fn a_kernel_stack_overflow_is_a_double_fault_with_its_address() {
     rig.env.absent.insert(0x5_f000);
     let e = Exception::page_fault(0x5_fff0, 2);
     assert_eq!(rig.raise(Event::Exception(e)), Ok(Delivered::Handler));
-    assert_eq!((rig.cpu.rip, rig.cpu.cr2), (handler(8), 0x5_ffd0));
+    assert_eq!((rig.cpu.rip, rig.cpu.cr2), (handler(8), 0x5_fff8));
     assert_eq!(rig.rsp(), STACK_IST - 48);
 }
 

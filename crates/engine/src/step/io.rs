@@ -1,10 +1,10 @@
 //! IN, OUT, INS, OUTS (SDM vol. 1, chapter 19).
 
-use iced_x86::{Instruction, Mnemonic, OpKind, Register};
+use iced_x86::{Instruction, Mnemonic, OpKind};
 use trapline_x86::control::{cr0, rflags};
 use trapline_x86::{CpuState, Exception, Gpr, Mode, SegmentRegister};
 
-use super::address::{mask, register_value, segment_register, set_register, set_sized};
+use super::address::{mask, memory_segment, register_value, set_register, set_sized};
 use super::segments_descriptor::system_type;
 use super::{Executed, Flow, address};
 use crate::access::{Core, Fault};
@@ -109,10 +109,10 @@ fn string<E: Environment>(core: &mut Core<'_, E>, instr: &Instruction) -> Execut
     let bits = index_bits(instr.op_kind(u32::from(!input)));
     let port = core.cpu.gpr(Gpr::Rdx) as u16;
     let repeated = instr.has_rep_prefix() || instr.has_repne_prefix();
+    check_permission(core, port, size)?;
     if repeated && core.cpu.gpr(Gpr::Rcx) & mask(bits) == 0 {
         return Ok(Flow::Next);
     }
-    check_permission(core, port, size)?;
     // A debug trap comes behind every iteration.
     let most = if core.cpu.rflags & rflags::TF != 0 {
         1
@@ -123,7 +123,7 @@ fn string<E: Environment>(core: &mut Core<'_, E>, instr: &Instruction) -> Execut
         if input {
             input_one(core, port, size, bits)?;
         } else {
-            output_one(core, instr.memory_segment(), port, size, bits)?;
+            output_one(core, memory_segment(core.cpu, instr), port, size, bits)?;
         }
         if !repeated {
             return Ok(Flow::Leave);
@@ -133,9 +133,12 @@ fn string<E: Environment>(core: &mut Core<'_, E>, instr: &Instruction) -> Execut
         if left == 0 {
             return Ok(Flow::Leave);
         }
+        if core.data_breakpoints != 0 {
+            break;
+        }
     }
-    // RIP is still that of this instruction: it goes on where its registers say.
-    Ok(Flow::Jump)
+    // It goes on where its registers say.
+    Ok(Flow::Again)
 }
 
 /// Moves an index register by `size` in the direction of RFLAGS.DF.
@@ -168,13 +171,12 @@ fn input_one<E: Environment>(
 
 fn output_one<E: Environment>(
     core: &mut Core<'_, E>,
-    segment: Register,
+    segment: SegmentRegister,
     port: u16,
     size: usize,
     bits: u32,
 ) -> Result<(), Fault> {
     let offset = core.cpu.gpr(Gpr::Rsi) & mask(bits);
-    let segment = segment_register(segment);
     let linear = address::linear_for(core, segment, offset, size, Access::Read)?;
     let value = core.read_sized(linear, size, Privilege::of_data(core.cpu))?;
     core.env.port_write(port, size as u8, value as u32);

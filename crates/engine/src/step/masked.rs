@@ -3,7 +3,7 @@
 //! (SDM vol. 1, 15.6.4; vol. 2, "VMASKMOV", "VPGATHERDD").
 
 use iced_x86::{EncodingKind, Instruction, Mnemonic, OpKind as Operand, Register};
-use trapline_x86::{Exception, Gpr, Mode, SegmentRegister};
+use trapline_x86::{CpuState, Exception, Gpr, Mode};
 
 use super::{Executed, Flow, address, run};
 use crate::access::{Core, Fault, OperandAccess};
@@ -46,24 +46,32 @@ fn active_bytes<E: Environment>(core: &Core<'_, E>, op: &Op) -> u64 {
     let k = core.cpu.vector.k[i.op_mask().number()];
     let element = if i.is_broadcast() {
         size
+    } else if sums_products(i) {
+        4
+    } else if matches!(i.mnemonic(), Mnemonic::Vpmuldq | Mnemonic::Vpmuludq) {
+        // The odd elements do not matter, but are accessed.
+        8
     } else {
-        i.memory_size().element_size().max(1)
-    };
+        i.memory_size().element_size()
+    }
+    .max(1);
     let vector = (0..i.op_count())
         .filter(|&n| i.op_kind(n) == Operand::Register && i.op_register(n).is_vector_register())
         .map(|n| i.op_register(n).size())
         .max()
         .unwrap_or(VECTOR);
     if i.is_broadcast() {
-        let elements = (vector / element).max(1);
-        let used = if elements == 64 {
-            u64::MAX
-        } else {
-            (1 << elements) - 1
-        };
+        let used = low_bits(broadcast_bytes(i) / element);
         return if k & used != 0 { whole } else { 0 };
     }
     let elements = size / element;
+    let k = if is_tuple_broadcast(i) {
+        // Every element of the vector takes one of these.
+        let lanes = (vector / element / elements.max(1)).max(1);
+        (0..lanes).fold(0, |used, lane| used | k >> (lane * elements))
+    } else {
+        k
+    };
     let used = if elements >= 64 {
         k
     } else {
@@ -98,6 +106,65 @@ fn active_bytes<E: Environment>(core: &Core<'_, E>, op: &Op) -> u64 {
         .fold(0, |bits, n| bits | ((1u64 << element) - 1) << (n * element))
 }
 
+/// The low `n` bits.
+fn low_bits(n: usize) -> u64 {
+    if n >= 64 { u64::MAX } else { (1 << n) - 1 }
+}
+
+/// The bytes that a broadcast operand stands for: half a vector for a widening conversion.
+fn broadcast_bytes(i: &Instruction) -> usize {
+    let name = format!("{:?}", i.memory_size());
+    match name.strip_prefix("Broadcast").map(|rest| &rest[..2]) {
+        Some("32") => 4,
+        Some("64") => 8,
+        Some("12") => 16,
+        Some("25") => 32,
+        _ => VECTOR,
+    }
+}
+
+/// Whether each element of the result adds products of several elements of memory: the mask has one
+/// bit for 32 bits of them.
+fn sums_products(i: &Instruction) -> bool {
+    use Mnemonic as M;
+    matches!(
+        i.mnemonic(),
+        M::Vpdpbusd
+            | M::Vpdpbusds
+            | M::Vpdpwssd
+            | M::Vpdpwssds
+            | M::Vdpbf16ps
+            | M::Vfmulcph
+            | M::Vfcmulcph
+            | M::Vfmaddcph
+            | M::Vfcmaddcph
+    )
+}
+
+/// Whether the instruction repeats several elements of memory in a vector.
+fn is_tuple_broadcast(i: &Instruction) -> bool {
+    use Mnemonic as M;
+    matches!(
+        i.mnemonic(),
+        M::Vbroadcastf32x2
+            | M::Vbroadcastf32x4
+            | M::Vbroadcastf32x8
+            | M::Vbroadcastf64x2
+            | M::Vbroadcastf64x4
+            | M::Vbroadcasti32x2
+            | M::Vbroadcasti32x4
+            | M::Vbroadcasti32x8
+            | M::Vbroadcasti64x2
+            | M::Vbroadcasti64x4
+            | M::Vbroadcastss
+            | M::Vbroadcastsd
+            | M::Vpbroadcastb
+            | M::Vpbroadcastw
+            | M::Vpbroadcastd
+            | M::Vpbroadcastq
+    )
+}
+
 /// Executes a native instruction whose memory operand is masked. Where all of the operand can be
 /// accessed directly this is like any other; otherwise the active bytes are accessed one by one.
 pub fn native_masked<E: Environment>(
@@ -112,35 +179,44 @@ pub fn native_masked<E: Environment>(
     } else {
         Access::Write
     };
-    let start = address::linear_at(core, i, 0, 1, kind)?;
     let Some(thunk) = op.thunk else {
         return Err(Exception::invalid_opcode().into());
     };
     let privilege = Privilege::of_data(core.cpu);
-    if let Some(host) = core.fast(start, size, privilege, kind) {
-        run::call(thunk, core.cpu, host).map_err(run::host_exception)?;
-        return Ok(Flow::Next);
+    if let Ok(start) = address::linear_at(core, i, 0, size, kind)
+        && let Some(host) = core.fast(start, size, privilege, kind)
+    {
+        return run::call(thunk, core.cpu, host)
+            .map(|()| Flow::Next)
+            .map_err(|vector| run::floating_point_exception(core.cpu, vector));
     }
     let active = active_bytes(core, op);
     let mut buffer = Buffer([0; 2 * VECTOR]);
+    let start = address::operand_address(core.cpu, i);
+    // The address size wraps the first byte's offset alone.
+    let first = address::effective_offset(core.cpu, i);
+    let segment = address::memory_segment(core.cpu, i);
     let offset = (start & 63) as usize;
     let runs = runs(active);
     for &(at, len) in &runs {
-        let linear = address::linear_at(core, i, at as u64, len, kind)?;
-        if access != OperandAccess::Read {
-            core.probe_write(linear, len, privilege)?;
+        let linear = address::linear_for(core, segment, first.wrapping_add(at as u64), len, kind)
+            .map_err(|fault| run::comes_first(core.cpu, thunk, start, size, fault))?;
+        let bytes = &mut buffer.0[offset + at..offset + at + len];
+        let read = if access == OperandAccess::Read {
+            Ok(())
+        } else {
+            core.probe_write(linear, len, privilege)
         }
-        core.read_bytes(
-            linear,
-            &mut buffer.0[offset + at..offset + at + len],
-            privilege,
-        )?;
+        .and_then(|()| core.read_bytes(linear, bytes, privilege));
+        read.map_err(|fault| run::comes_first(core.cpu, thunk, start, size, fault))?;
     }
     let before = core.cpu.clone();
-    run::call(thunk, core.cpu, buffer.0[offset..].as_mut_ptr()).map_err(run::host_exception)?;
+    run::call(thunk, core.cpu, buffer.0[offset..].as_mut_ptr())
+        .map_err(|vector| run::floating_point_exception(core.cpu, vector))?;
     if access != OperandAccess::Read {
         for &(at, len) in &runs {
-            let linear = address::linear_at(core, i, at as u64, len, kind)?;
+            let linear =
+                address::linear_for(core, segment, first.wrapping_add(at as u64), len, kind)?;
             let data = &buffer.0[offset + at..offset + at + len];
             core.write_bytes(linear, data, privilege)
                 .inspect_err(|_| *core.cpu = before.clone())?;
@@ -196,6 +272,10 @@ pub fn gather_or_scatter<E: Environment>(core: &mut Core<'_, E>, op: &Op) -> Exe
             core.cpu.vector.zmm[mask.number()].0[(n + 1) * element - 1] & 0x80 != 0
         };
         if !enabled {
+            // The mask of an element that is done with reads as zero, should a later one fault.
+            if !evex {
+                core.cpu.vector.zmm[mask.number()].0[n * element..(n + 1) * element].fill(0);
+            }
             continue;
         }
         let bytes = &core.cpu.vector.zmm[index.number()].0[n * index_size..(n + 1) * index_size];
@@ -237,9 +317,11 @@ pub fn mask_move<E: Environment>(core: &mut Core<'_, E>, i: &Instruction) -> Exe
     // The implicit memory operand is operand 0; source and mask are the last two.
     let (data, mask) = (i.op1_register(), i.op2_register());
     let (data, mask, size) = if data.is_mm() {
-        // ST0 to ST7 in an FXSAVE image hold the MMX registers in their first 8 bytes.
+        if run::x87_pending(core.cpu) {
+            return Err(run::host_exception(16));
+        }
         let mm = |r: Register| {
-            let at = 32 + 16 * r.number();
+            let at = mmx_offset(core.cpu, r.number());
             let mut bytes = [0; 16];
             bytes[..8].copy_from_slice(&core.cpu.vector.x87.0[at..at + 8]);
             bytes
@@ -263,11 +345,7 @@ pub fn mask_move<E: Environment>(core: &mut Core<'_, E>, i: &Instruction) -> Exe
     } else {
         (1 << bits) - 1
     };
-    let segment = if i.segment_prefix() == Register::None {
-        SegmentRegister::Ds
-    } else {
-        address::segment_register(i.segment_prefix())
-    };
+    let segment = address::prefix_segment(i);
     let privilege = Privilege::of_data(core.cpu);
     let base = core.cpu.gpr(Gpr::Rdi);
     let places: Vec<(u64, u8)> = (0..size)
@@ -277,14 +355,36 @@ pub fn mask_move<E: Environment>(core: &mut Core<'_, E>, i: &Instruction) -> Exe
             address::linear_for(core, segment, offset, 1, Access::Write).map(|l| (l, data[n]))
         })
         .collect::<Result<_, Fault>>()?;
-    for &(linear, _) in &places {
-        core.probe_write(linear, 1, privilege)?;
-    }
+    let start = address::linear_for(core, segment, base & wrap, 1, Access::Write);
+    // Whether bytes that the mask disables fault is left open; with processors that do so, they do.
+    core.probe_write(start?, size, privilege)?;
     for (linear, byte) in places {
         core.write::<1>(linear, u64::from(byte), privilege)?;
     }
+    if size == 8 {
+        enter_mmx(core.cpu);
+    }
     debug_assert!(core.cpu.mode() != Mode::Real || bits != 64);
     Ok(Flow::Next)
+}
+
+/// Where an x87 image holds MMX register `number`: it is in stack order, they are not.
+fn mmx_offset(cpu: &CpuState, number: usize) -> usize {
+    let top = usize::from(cpu.vector.x87.0[3] >> 3 & 7);
+    32 + 16 * (number.wrapping_sub(top) & 7)
+}
+
+/// What every MMX instruction but EMMS does to the x87 state: the top of the stack is register 0, and
+/// all registers are valid (SDM vol. 1, 9.5.1).
+fn enter_mmx(cpu: &mut CpuState) {
+    let before = cpu.vector.x87.0;
+    for number in 0..8 {
+        let from = mmx_offset(cpu, number);
+        let to = 32 + 16 * number;
+        cpu.vector.x87.0[to..to + 16].copy_from_slice(&before[from..from + 16]);
+    }
+    cpu.vector.x87.0[3] &= !0x38;
+    cpu.vector.x87.0[4] = 0xff;
 }
 
 #[cfg(test)]
@@ -294,7 +394,7 @@ mod tests {
     #[test]
     fn runs_of_bits() {
         assert_eq!(runs(0), vec![]);
-        assert_eq!(runs(0b0110_1), vec![(0, 1), (2, 2)]);
+        assert_eq!(runs(0b1101), vec![(0, 1), (2, 2)]);
         assert_eq!(runs(u64::MAX), vec![(0, 64)]);
         assert_eq!(runs(1 << 63), vec![(63, 1)]);
     }

@@ -51,6 +51,8 @@ pub enum Flow {
     Next,
     /// RIP has been set.
     Jump,
+    /// A repeated instruction stopped between two iterations: it goes on at the same RIP.
+    Again,
     /// The next instruction in memory, but look it up anew: the mode, privilege, translation or
     /// interrupt flag may have changed.
     Leave,

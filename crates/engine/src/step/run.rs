@@ -3,7 +3,7 @@
 
 use trapline_x86::control::{cr0, cr4, dr6, dr7, rflags};
 use trapline_x86::state::InterruptShadow;
-use trapline_x86::{CpuState, Exception, Mode};
+use trapline_x86::{CpuState, Exception, Mode, Vector};
 
 use super::{Executed, Flow, address, bits, control, masked, stack, strings};
 use crate::access::{Core, Fault, OperandAccess};
@@ -33,6 +33,7 @@ pub enum Turn {
 /// Returns how it ended and the number of instructions completed.
 pub fn run<E: Environment>(core: &mut Core<'_, E>, block: &Block) -> (Turn, u64) {
     core.leave_block = false;
+    core.look_at_checks();
     let special = core.cpu.shadow != InterruptShadow::None
         || core.cpu.rflags & (rflags::TF | rflags::RF) != 0
         || core.cpu.dr7 & dr7::ENABLES != 0;
@@ -68,6 +69,10 @@ pub fn run<E: Environment>(core: &mut Core<'_, E>, block: &Block) -> (Turn, u64)
                 }
             }
             Ok(Flow::Jump) => return (Turn::Continue, done + 1),
+            Ok(Flow::Again) => {
+                core.cpu.rflags |= rflags::RF;
+                return (Turn::Continue, done);
+            }
             Ok(Flow::Leave) => {
                 next_rip(core.cpu, block.mode, u64::from(op.len));
                 return (Turn::Continue, done + 1);
@@ -128,7 +133,7 @@ fn single<E: Environment>(core: &mut Core<'_, E>, op: &Op) -> (Turn, u64) {
             return (Turn::Restart, 0);
         }
         Err(Fault::Exception(e)) => return (Turn::Exception(e), 0),
-        Ok(Flow::Jump) => Turn::Continue,
+        Ok(Flow::Jump | Flow::Again) => Turn::Continue,
         Ok(Flow::Stop) => {
             next_rip(core.cpu, mode, u64::from(op.len));
             Turn::Stopped
@@ -140,7 +145,10 @@ fn single<E: Environment>(core: &mut Core<'_, E>, op: &Op) -> (Turn, u64) {
     };
     use iced_x86::Mnemonic as M;
     let loads_flags = matches!(op.instruction.mnemonic(), M::Iret | M::Iretd | M::Iretq);
-    if !loads_flags {
+    if result == Ok(Flow::Again) {
+        // An event between two iterations saves RFLAGS with RF set (SDM vol. 3, 17.3.1.1).
+        core.cpu.rflags |= rflags::RF;
+    } else if !loads_flags {
         core.cpu.rflags &= !resume;
     }
     // A transfer into the kernel decides by the flags it leaves behind; the others by the flags
@@ -326,7 +334,7 @@ fn check_state(cpu: &CpuState, check: StateCheck) -> Result<(), Exception> {
 }
 
 /// An unmasked x87 or SIMD exception reaches the guest as its control bits say.
-fn floating_point_exception(cpu: &CpuState, vector: u8) -> Fault {
+pub(super) fn floating_point_exception(cpu: &CpuState, vector: u8) -> Fault {
     if vector == 19 && cpu.cr4 & cr4::OSXMMEXCPT == 0 {
         return Exception::invalid_opcode().into();
     }
@@ -351,16 +359,59 @@ fn native_memory<E: Environment>(
             Err(vector) => Err(floating_point_exception(core.cpu, vector)),
         };
     }
-    let linear = address::linear(core, &op.instruction, size, kind)?;
+    let linear = address::linear(core, &op.instruction, size, kind).map_err(|fault| {
+        let linear = address::operand_address(core.cpu, &op.instruction);
+        comes_first(core.cpu, thunk, linear, size, fault)
+    })?;
     let mut vector = None;
     core.with_operand(linear, size, access, op.locked, &mut |cpu, operand| {
         call(thunk, cpu, operand).inspect_err(|&v| vector = Some(v))
     })
     .map_err(|fault| match vector {
         Some(v) => floating_point_exception(core.cpu, v),
-        None => fault,
+        None => comes_first(core.cpu, thunk, linear, size, fault),
     })?;
     Ok(Flow::Next)
+}
+
+/// A buffer with the alignment that the widest vector instruction may check.
+#[repr(align(64))]
+struct Scratch([u8; 128]);
+
+/// What an instruction raises that met `fault` at an operand of `size` bytes: a pending x87
+/// exception comes before it, and so does an operand's alignment where that matters. Whether it does,
+/// the processor tells: it executes the instruction on other registers and memory with the operand's
+/// alignment.
+#[cold]
+pub(super) fn comes_first(
+    cpu: &CpuState,
+    thunk: Thunk,
+    linear: u64,
+    size: usize,
+    fault: Fault,
+) -> Fault {
+    const X87: u8 = Vector::X87FloatingPoint as u8;
+    const GENERAL_PROTECTION: u8 = Vector::GeneralProtection as u8;
+    if !matches!(fault, Fault::Exception(_)) || size > 64 {
+        return fault;
+    }
+    let misaligned = size >= 16 && linear & (size as u64 - 1) != 0;
+    if !misaligned && !x87_pending(cpu) {
+        return fault;
+    }
+    let mut buffer = Scratch([0; 128]);
+    let operand = buffer.0[(linear & 63) as usize..].as_mut_ptr();
+    match call(thunk, &mut cpu.clone(), operand) {
+        Err(vector @ (X87 | GENERAL_PROTECTION)) => host_exception(vector),
+        _ => fault,
+    }
+}
+
+/// Whether an unmasked x87 exception waits for the next x87 or MMX instruction.
+pub(super) fn x87_pending(cpu: &CpuState) -> bool {
+    let image = &cpu.vector.x87.0;
+    // Control and status words.
+    image[2] & !image[0] & 0x3f != 0
 }
 
 /// Executes one operation.
@@ -467,6 +518,7 @@ fn execute_rare<E: Environment>(core: &mut Core<'_, E>, op: &Op) -> Executed {
         OpKind::MaskMove => masked::mask_move(core, i),
         OpKind::Legacy => bits::legacy(core.cpu, i),
         OpKind::System => super::execute(core, i),
+        OpKind::TooLong => Err(Exception::general_protection(0).into()),
         _ => Err(Exception::invalid_opcode().into()),
     }
 }

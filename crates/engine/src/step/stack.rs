@@ -60,6 +60,12 @@ pub fn push<E: Environment>(core: &mut Core<'_, E>, bytes: usize, value: u64) ->
     Ok(())
 }
 
+/// Raises what a push of `bytes` would.
+pub fn probe_push<E: Environment>(core: &mut Core<'_, E>, bytes: usize) -> Result<(), Fault> {
+    let linear = linear_at(core, (bytes as u64).wrapping_neg(), bytes, Access::Write)?;
+    core.probe_write(linear, bytes, Privilege::of_data(core.cpu))
+}
+
 /// Reads the top of the stack without releasing it.
 #[inline]
 pub fn peek<E: Environment>(core: &mut Core<'_, E>, bytes: usize) -> Result<u64, Fault> {

@@ -155,7 +155,16 @@ impl Stack {
             for (i, value) in values.iter().rev().enumerate() {
                 bytes[i * size..][..size].copy_from_slice(&value.to_le_bytes()[..size]);
             }
-            core.write_bytes(linear, &bytes[..len], self.privilege)?;
+            if let Err(fault) = core.write_bytes(linear, &bytes[..len], self.privilege) {
+                // The value pushed first is the one that faults.
+                if matches!(fault, Fault::Exception(e) if e.cr2.is_some()) {
+                    for n in 1..=values.len() {
+                        let at = linear.wrapping_add((len - n * size) as u64);
+                        core.probe_write(at, size, self.privilege)?;
+                    }
+                }
+                return Err(fault);
+            }
             self.pointer = bottom;
             return Ok(());
         }

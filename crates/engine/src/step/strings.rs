@@ -1,7 +1,7 @@
 //! String instructions (SDM vol. 1, 7.3.9). Registers are exact at every iteration, so a fault or
 //! an interrupt in the middle resumes where it stopped.
 
-use iced_x86::{Instruction, Mnemonic, OpKind as Operand, Register};
+use iced_x86::{Instruction, Mnemonic, OpKind as Operand};
 use trapline_x86::control::rflags;
 use trapline_x86::{CpuState, Gpr, SegmentRegister};
 
@@ -38,16 +38,11 @@ fn shape(i: &Instruction) -> Shape {
             _ => continue,
         };
     }
-    let source = if i.segment_prefix() == Register::None {
-        SegmentRegister::Ds
-    } else {
-        address::segment_register(i.segment_prefix())
-    };
     Shape {
         mnemonic: i.mnemonic(),
         size,
         address_bits,
-        source,
+        source: address::prefix_segment(i),
     }
 }
 
@@ -125,9 +120,10 @@ fn once<E: Environment>(core: &mut Core<'_, E>, s: &Shape) -> Result<(), Fault> 
             advance(core.cpu, Gpr::Rsi, s, 1);
         }
         M::Cmpsb | M::Cmpsw | M::Cmpsd | M::Cmpsq => {
-            let left = source(core, s)?;
+            // If both fault, processors report the destination.
             let at = destination(core, s, Access::Read)?;
             let right = core.read_sized(at, s.size, Privilege::of_data(core.cpu))?;
+            let left = source(core, s)?;
             set_compare_flags(core.cpu, left, right, s.size);
             advance(core.cpu, Gpr::Rsi, s, 1);
             advance(core.cpu, Gpr::Rdi, s, 1);
@@ -226,10 +222,12 @@ pub fn execute<E: Environment>(core: &mut Core<'_, E>, i: &Instruction) -> Execu
             return Ok(Flow::Next);
         }
         if turn >= ITERATIONS_PER_TURN {
-            // RIP stays: the instruction resumes after a look at what is pending.
-            return Ok(Flow::Jump);
+            // The instruction resumes after a look at what is pending.
+            return Ok(Flow::Again);
         }
-        if let Some(bulk) = bulk(core, &s, left) {
+        if core.cpu.rflags & rflags::TF == 0
+            && let Some(bulk) = bulk(core, &s, left)
+        {
             match bulk.from {
                 Some(from) => {
                     host::move_elements(bulk.to, from, bulk.elements as usize * s.size, s.size)
@@ -258,9 +256,11 @@ pub fn execute<E: Environment>(core: &mut Core<'_, E>, i: &Instruction) -> Execu
                 return Ok(Flow::Next);
             }
         }
-        if core.leave_block && left > 1 {
-            // A sensed write: this very instruction may have changed.
-            return Ok(Flow::Jump);
+        // A sensed write may have changed this very instruction; debug traps come behind every
+        // iteration (SDM vol. 3, 17.3.1.2 and 17.3.1.4).
+        let traps = core.cpu.rflags & rflags::TF != 0 || core.data_breakpoints != 0;
+        if (core.leave_block || traps) && left > 1 {
+            return Ok(Flow::Again);
         }
     }
 }

@@ -142,10 +142,11 @@ fn sysenter<E: Environment>(core: &mut Core<'_, E>) -> Executed {
 }
 
 fn sysexit<E: Environment>(core: &mut Core<'_, E>, instr: &Instruction) -> Executed {
-    check_fast_entry(core)?;
-    if core.cpu.cpl() != 0 || core.cpu.mode() == Mode::Virtual8086 {
+    // AMD's processors too raise #GP first.
+    if core.cpu.cpl() != 0 {
         return Err(Exception::general_protection(0).into());
     }
+    check_fast_entry(core)?;
     let to_long = instr.code() == Code::Sysexitq;
     let cpu = &mut *core.cpu;
     let (rip, rsp) = (cpu.gpr(Gpr::Rdx), cpu.gpr(Gpr::Rcx));

@@ -384,7 +384,7 @@ impl Rig {
         let before = self.cpu.clone();
         let result = super::execute(&mut self.core(), &instr);
         match result {
-            Ok(Flow::Jump) => {}
+            Ok(Flow::Jump | Flow::Again) => {}
             Ok(_) => self.cpu.rip = self.cpu.rip.wrapping_add(bytes.len() as u64),
             Err(_) => {
                 let mut after = self.cpu.clone();

@@ -281,7 +281,7 @@ fn repeated_port_transfers_stop_now_and_then() {
     }
     // rep insw
     let rep = [0xf3, 0x66, 0x6d];
-    assert_eq!(rig.run(&rep), Ok(Flow::Jump));
+    assert_eq!(rig.run(&rep), Ok(Flow::Again));
     assert_eq!((rig.cpu.rip, rig.cpu.gpr(Gpr::Rcx)), (CODE, 44));
     assert_eq!(rig.run(&rep), Ok(Flow::Leave));
     assert_eq!(

@@ -25,7 +25,7 @@ pub struct Generator {
     encoder: Encoder,
     bits: u32,
     /// A world that changes a little from case to case.
-    world: World,
+    pub world: World,
 }
 
 impl Generator {
@@ -143,7 +143,7 @@ impl Generator {
         }
     }
 
-    fn random_bytes(&mut self) -> Option<[u8; 15]> {
+    pub fn random_bytes(&mut self) -> Option<[u8; 15]> {
         let mut bytes = [0; 15];
         self.random.fill(&mut bytes);
         let mut at = 0;
@@ -166,7 +166,7 @@ impl Generator {
         Some(bytes)
     }
 
-    fn random_code(&mut self) -> Option<[u8; 15]> {
+    pub fn random_code(&mut self) -> Option<[u8; 15]> {
         let code = self.codes[self.random.below(self.codes.len())];
         let info = code.op_code();
         let mut instruction = Instruction::default();
@@ -205,6 +205,27 @@ impl Generator {
         if memory {
             instruction.set_op_kind(operand, OpKind::Memory);
             self.random_address(instruction, kind == K::mem_offs);
+            return Some(());
+        }
+        let indexes = match kind {
+            K::mem_vsib32x | K::mem_vsib64x => Some(Register::XMM0),
+            K::mem_vsib32y | K::mem_vsib64y => Some(Register::YMM0),
+            K::mem_vsib32z | K::mem_vsib64z => Some(Register::ZMM0),
+            _ => None,
+        };
+        if let Some(first) = indexes {
+            let registers = if self.bits == 64 { 16 } else { 8 };
+            let base = if self.bits == 64 {
+                Register::RAX
+            } else {
+                Register::EAX
+            };
+            instruction.set_op_kind(operand, OpKind::Memory);
+            instruction.set_memory_base(base + self.random.below(registers) as u32);
+            instruction.set_memory_index(first + self.random.below(registers) as u32);
+            instruction.set_memory_index_scale(self.random.pick(&[1, 2, 4, 8]));
+            instruction.set_memory_displ_size(1);
+            instruction.set_memory_displacement64(self.random.bits() as i8 as u64);
             return Some(());
         }
         let (first, count) = match kind {
@@ -356,7 +377,7 @@ impl Generator {
     }
 
     /// Replaces some of the state; the rest stays as it was for the case before.
-    fn change_world(&mut self) {
+    pub fn change_world(&mut self) {
         let random = &mut self.random;
         for _ in 0..6 {
             let register = random.below(16);
@@ -424,7 +445,7 @@ fn linear(instruction: &Instruction, registers: &Registers) -> u64 {
 }
 
 /// Numbers of all sizes, and edges.
-fn number(random: &mut Random) -> u64 {
+pub fn number(random: &mut Random) -> u64 {
     match random.below(6) {
         0 => random.bits(),
         1 => random.bits() >> random.below(64),
@@ -444,7 +465,7 @@ fn number(random: &mut Random) -> u64 {
     }
 }
 
-fn floats(random: &mut Random, bytes: &mut [u8]) {
+pub fn floats(random: &mut Random, bytes: &mut [u8]) {
     match random.below(4) {
         0 => random.fill(bytes),
         1 => {

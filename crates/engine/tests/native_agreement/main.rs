@@ -10,6 +10,7 @@ mod random;
 mod reference;
 mod signals;
 mod subject;
+mod whole;
 
 use std::collections::BTreeMap;
 
@@ -49,7 +50,7 @@ fn compare(subject: &mut dyn Subject, bits: u32) {
     println!("TRAPLINE_RANDOM_SEED={seed:#x} TRAPLINE_RANDOM_INSTRUCTIONS={count}");
 
     let mut generator = Generator::new(seed, bits);
-    let mut reference = Reference::start();
+    let mut reference = Reference::single();
     let mut outcome = Outcome::default();
     let mut done = 0;
     let mut faults = BTreeMap::new();
@@ -185,4 +186,14 @@ fn runs_agree_with_single_instructions() {
     }
     println!("{executed} runs completed, {faulted} faulted");
     assert!(executed > 0 && faulted > 0);
+}
+
+#[test]
+fn the_engine_agrees_with_the_processor() {
+    whole::compare(64);
+}
+
+#[test]
+fn the_engine_agrees_in_32_bit_code() {
+    whole::compare(32);
 }

@@ -18,13 +18,14 @@ use crate::case::{CODE, Case, DATA, Data, NO_FAULT, Outcome, Registers};
 /// Cases handed over at a time.
 pub const BATCH: usize = 256;
 
-/// Where the child keeps [`Control`]; reached by 32-bit absolute addresses.
-const CONTROL: usize = 0x3000_0000;
+/// Where the child keeps [`Control`]; reached by 32-bit absolute addresses, but hardly by those of
+/// random code.
+const CONTROL: usize = 0x6bd3_7000;
 
 /// Linux's selectors for user code and data.
-const CODE_32_SELECTOR: u16 = 0x23;
-const CODE_64_SELECTOR: u16 = 0x33;
-const DATA_SELECTOR: u16 = 0x2b;
+pub const CODE_32_SELECTOR: u16 = 0x23;
+pub const CODE_64_SELECTOR: u16 = 0x33;
+pub const DATA_SELECTOR: u16 = 0x2b;
 /// Selects the first descriptor of the local descriptor table, at privilege level 3.
 const CODE_16_SELECTOR: u16 = 7;
 
@@ -203,20 +204,24 @@ pub struct Batch {
     pub count: usize,
 }
 
-/// The child process.
-pub struct Reference {
-    batch: *mut Batch,
+/// The ends of the pipes that the child serves: from and to its parent.
+pub type Ends = (RawFd, RawFd);
+
+/// A child process that works on batches of `B`, which is shared.
+pub struct Child<B> {
+    batch: *mut B,
     to_child: File,
     from_child: File,
     child: libc::pid_t,
 }
 
-impl Reference {
-    pub fn start() -> Self {
-        // SAFETY: a new shared mapping, all zeroes, which is a valid `Batch`; `fork`, after which
-        // the child makes system calls and computes, nothing else.
+impl<B> Child<B> {
+    /// Starts a child that does `work`, with a batch of zeroes, which must be a valid `B`.
+    pub fn start(work: impl FnOnce(*mut B, Ends)) -> Self {
+        // SAFETY: a new shared mapping, all zeroes; `fork`, after which the child makes system
+        // calls and computes, nothing else.
         unsafe {
-            let batch = map(ptr::null_mut(), size_of::<Batch>(), libc::MAP_SHARED).cast::<Batch>();
+            let batch = map(ptr::null_mut(), size_of::<B>(), libc::MAP_SHARED).cast::<B>();
             let (child_end, to_child) = pipe();
             let (from_child, parent_end) = pipe();
             let parent = libc::getpid();
@@ -227,7 +232,7 @@ impl Reference {
                 libc::close(from_child);
                 libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
                 if libc::getppid() == parent {
-                    serve(batch, child_end, parent_end);
+                    work(batch, (child_end, parent_end));
                 }
                 libc::_exit(0);
             }
@@ -243,7 +248,7 @@ impl Reference {
     }
 
     /// The shared batch; only between [`Self::finish`] and [`Self::begin`].
-    pub fn batch(&mut self) -> &mut Batch {
+    pub fn batch(&mut self) -> &mut B {
         // SAFETY: the child does not touch it then.
         unsafe { &mut *self.batch }
     }
@@ -259,14 +264,34 @@ impl Reference {
     }
 }
 
-impl Drop for Reference {
+impl<B> Drop for Child<B> {
     fn drop(&mut self) {
         // SAFETY: ends and reaps the child that `start` made, and unmaps what it shared.
         unsafe {
             libc::kill(self.child, libc::SIGKILL);
             libc::waitpid(self.child, ptr::null_mut(), 0);
-            libc::munmap(self.batch.cast(), size_of::<Batch>());
+            libc::munmap(self.batch.cast(), size_of::<B>());
         }
+    }
+}
+
+/// The child process that executes single instructions.
+pub type Reference = Child<Batch>;
+
+impl Reference {
+    /// Starts the child.
+    pub fn single() -> Self {
+        Self::start(|batch, ends| {
+            // SAFETY: in the child, whose batch it is while it works on it.
+            unsafe {
+                prepare();
+                serve(ends, || {
+                    for i in 0..(*batch).count {
+                        execute(&(&(*batch).cases)[i], &raw mut (&mut (*batch).outcomes)[i]);
+                    }
+                });
+            }
+        })
     }
 }
 
@@ -313,16 +338,28 @@ unsafe fn map(address: *mut c_void, bytes: usize, flags: c_int) -> *mut c_void {
     mapped
 }
 
-/// The child: executes batches until the pipe closes.
+/// The child: does `work` on every batch until the pipe closes.
 ///
 /// # Safety
 /// In a process of its own.
-unsafe fn serve(batch: *mut Batch, from_parent: RawFd, to_parent: RawFd) {
-    // SAFETY: own mappings at fixed addresses; handlers that only touch them; `batch` is this
-    // process's while it works on it.
+pub unsafe fn serve((from_parent, to_parent): Ends, mut work: impl FnMut()) {
+    let mut byte = 0u8;
+    // SAFETY: one byte in, one byte out.
     unsafe {
-        map(CODE as *mut c_void, 4096, libc::MAP_PRIVATE);
-        map(DATA as *mut c_void, 4096, libc::MAP_PRIVATE);
+        while libc::read(from_parent, (&raw mut byte).cast(), 1) == 1 {
+            work();
+            libc::write(to_parent, (&raw const byte).cast(), 1);
+        }
+    }
+}
+
+/// Maps what the assembly works on, and gives flat data segments to code outside 64-bit mode.
+///
+/// # Safety
+/// In the child.
+pub unsafe fn set_up_control() {
+    // SAFETY: a new mapping at a fixed address.
+    unsafe {
         let control = map(
             CONTROL as *mut c_void,
             size_of::<Control>(),
@@ -335,16 +372,17 @@ unsafe fn serve(batch: *mut Batch, from_parent: RawFd, to_parent: RawFd) {
             u32::from(is_x86_feature_detected!("avx"))
         };
         (*control).mxcsr = 0x1f80;
-        // Flat data segments, which code outside 64-bit mode uses.
         asm!("mov ds, {0:x}", "mov es, {0:x}", in(reg) DATA_SELECTOR);
-        add_16_bit_segment();
-        // jmp [rip]; address
-        let exit = (CODE as *mut u8).add(EXIT);
-        ptr::copy_nonoverlapping([0xff, 0x25, 0, 0, 0, 0].as_ptr(), exit, 6);
-        let target: unsafe extern "C" fn() = native_reference_exit;
-        exit.add(6)
-            .cast::<u64>()
-            .write_unaligned(target as usize as u64);
+    }
+}
+
+/// Sends every exception to `handler`, on a stack of its own.
+///
+/// # Safety
+/// In the child; the handler is async-signal-safe.
+pub unsafe fn handle_faults(handler: extern "C" fn(c_int, *mut libc::siginfo_t, *mut c_void)) {
+    // SAFETY: a new mapping, valid structures.
+    unsafe {
         let stack = map(ptr::null_mut(), 1 << 18, libc::MAP_PRIVATE);
         let stack = libc::stack_t {
             ss_sp: stack,
@@ -360,23 +398,61 @@ unsafe fn serve(batch: *mut Batch, from_parent: RawFd, to_parent: RawFd) {
             libc::SIGTRAP,
         ] {
             let mut action: libc::sigaction = std::mem::zeroed();
-            let handler: extern "C" fn(c_int, *mut libc::siginfo_t, *mut c_void) = on_fault;
             action.sa_sigaction = handler as usize;
             action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
             libc::sigaction(signal, &action, ptr::null_mut());
         }
-        let mut byte = 0u8;
-        while libc::read(from_parent, (&raw mut byte).cast(), 1) == 1 {
-            for i in 0..(*batch).count {
-                execute(&(&(*batch).cases)[i], &raw mut (&mut (*batch).outcomes)[i]);
-            }
-            libc::write(to_parent, (&raw const byte).cast(), 1);
-        }
     }
 }
 
-/// Makes [`CODE_16_SELECTOR`] a 16-bit code segment that begins at [`CODE`].
-fn add_16_bit_segment() {
+/// Loads all registers, jumps to `selector`:`ip`, and gives the registers with which
+/// [`exit_address`] is reached.
+///
+/// # Safety
+/// In the child, set up; what executes reaches memory of its own only and comes to that exit.
+pub unsafe fn enter(before: &Registers, ip: u32, selector: u16) -> Registers {
+    let control = CONTROL as *mut Control;
+    // SAFETY: mapped by `set_up_control`.
+    unsafe {
+        (*control).code = ip;
+        (*control).selector = selector.into();
+        ptr::copy_nonoverlapping(before, &raw mut (*control).input, 1);
+        // Whatever is narrower than its field keeps the rest.
+        ptr::copy_nonoverlapping(before, &raw mut (*control).output, 1);
+        native_reference_enter();
+        (*control).output.clone()
+    }
+}
+
+/// Where a fault's handler sends what [`enter`] entered.
+pub fn exit_address() -> u64 {
+    let exit: unsafe extern "C" fn() = native_reference_exit;
+    exit as usize as u64
+}
+
+/// # Safety
+/// In the child.
+unsafe fn prepare() {
+    // SAFETY: own mappings at fixed addresses; handlers that only touch them.
+    unsafe {
+        map(CODE as *mut c_void, 4096, libc::MAP_PRIVATE);
+        map(DATA as *mut c_void, 4096, libc::MAP_PRIVATE);
+        set_up_control();
+        add_segment(CODE_16_SELECTOR >> 3, CODE as u32, true);
+        // jmp [rip]; address
+        let exit = (CODE as *mut u8).add(EXIT);
+        ptr::copy_nonoverlapping([0xff, 0x25, 0, 0, 0, 0].as_ptr(), exit, 6);
+        let target: unsafe extern "C" fn() = native_reference_exit;
+        exit.add(6)
+            .cast::<u64>()
+            .write_unaligned(target as usize as u64);
+        handle_faults(on_fault);
+    }
+}
+
+/// Makes entry `number` of the local descriptor table a 16-bit code or data segment that begins at
+/// `base`.
+pub fn add_segment(number: u16, base: u32, code: bool) {
     /// `struct user_desc` of the kernel's interface.
     #[repr(C)]
     struct Descriptor {
@@ -387,10 +463,10 @@ fn add_16_bit_segment() {
     }
     const CONTENTS_CODE: u32 = 2 << 1;
     let descriptor = Descriptor {
-        entry_number: 0,
-        base_addr: CODE as u32,
+        entry_number: number.into(),
+        base_addr: base,
         limit: 0xffff,
-        flags: CONTENTS_CODE,
+        flags: if code { CONTENTS_CODE } else { 0 },
     };
     // SAFETY: reads the descriptor only. Without the segment, 16-bit cases end the child.
     unsafe {
@@ -436,23 +512,14 @@ unsafe fn execute(case: &Case, outcome: *mut Outcome) {
                     .write_unaligned(CODE_64_SELECTOR);
             }
         }
-        (*control).code = case.ip() as u32;
-        (*control).selector = u32::from(match case.bits {
+        let selector = match case.bits {
             64 => CODE_64_SELECTOR,
             32 => CODE_32_SELECTOR,
             _ => CODE_16_SELECTOR,
-        });
+        };
         data.write(case.before.data);
-        ptr::copy_nonoverlapping(&case.before.registers, &raw mut (*control).input, 1);
-        // Whatever is narrower than its field keeps the rest.
-        ptr::copy_nonoverlapping(&case.before.registers, &raw mut (*control).output, 1);
         (&raw mut (*control).fault).write_volatile(NO_FAULT);
-        native_reference_enter();
-        ptr::copy_nonoverlapping(
-            &raw const (*control).output,
-            &raw mut (*outcome).after.registers,
-            1,
-        );
+        (*outcome).after.registers = enter(&case.before.registers, case.ip() as u32, selector);
         (*outcome).after.data = data.read();
         (*outcome).fault = (&raw const (*control).fault).read_volatile();
     }

@@ -1,0 +1,214 @@
+//! A run of instructions, the world that it starts from, and what became of it.
+
+use iced_x86::{Instruction, Mnemonic};
+use trapline_engine::env::Backing;
+
+use crate::case::{Registers, STATUS};
+
+/// Linear address of the run. The rest of its page is breakpoints.
+pub const CODE: u64 = 0x1234_5000;
+/// Linear address of the first page of data. There is nothing before it.
+pub const DATA: u64 = 0x2345_6000;
+/// What each page from [`DATA`] on is; nothing follows.
+pub const PAGES: [Page; 5] = [
+    Page::Writable,
+    Page::Writable,
+    Page::ReadOnly,
+    Page::Hole,
+    Page::Writable,
+];
+pub const PAGE: usize = 4096;
+/// Bytes of a run at most.
+pub const CODE_BYTES: usize = 112;
+/// The direction flag, which is compared as well.
+pub const DIRECTION: u64 = 0x400;
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Page {
+    Writable,
+    ReadOnly,
+    Hole,
+}
+
+/// All pages, holes included.
+#[derive(Clone, PartialEq, Eq)]
+#[repr(C, align(4096))]
+pub struct Memory(pub [[u8; PAGE]; PAGES.len()]);
+
+impl Default for Memory {
+    fn default() -> Self {
+        Self([[0; PAGE]; PAGES.len()])
+    }
+}
+
+#[derive(Clone)]
+#[repr(C, align(4096))]
+pub struct Case {
+    pub memory: Memory,
+    pub registers: Registers,
+    pub code: [u8; CODE_BYTES],
+    pub len: u32,
+    /// The code segment's default operand size: 16, 32 or 64.
+    pub bits: u32,
+}
+
+impl Default for Case {
+    fn default() -> Self {
+        Self {
+            memory: Memory::default(),
+            registers: Registers::default(),
+            code: [0xcc; CODE_BYTES],
+            len: 0,
+            bits: 64,
+        }
+    }
+}
+
+/// The instruction pointer at [`CODE`], and the linear address of offset 0 in data segments: 16-bit
+/// segments begin at the code and at the data, the others at 0.
+pub fn bases(bits: u32) -> (u64, u64) {
+    if bits == 16 { (CODE, DATA) } else { (0, 0) }
+}
+
+/// A case with what it was generated from.
+pub struct Run {
+    pub case: Case,
+    pub instructions: Vec<Instruction>,
+}
+
+/// The world at the exception that ended a run.
+#[derive(Clone, Default)]
+#[repr(C, align(4096))]
+pub struct Outcome {
+    pub memory: Memory,
+    pub registers: Registers,
+    pub rip: u64,
+    pub vector: u32,
+    /// The error code of a page fault, as far as it is compared.
+    pub error: u32,
+    /// CR2 of a page fault.
+    pub address: u64,
+}
+
+/// Where the host's user addresses end.
+const USER_END: u64 = 0x7fff_ffff_f000;
+
+/// The bits of a page fault's error code that are compared: present, write, fetch.
+pub const ERROR_BITS: u32 = 0x13;
+
+/// Status flags that an instruction leaves undefined and that this engine computes itself.
+fn undefined_flags(run: &Run) -> u64 {
+    use iced_x86::Mnemonic as M;
+    run.instructions
+        .iter()
+        .fold(0, |flags, i| match i.mnemonic() {
+            M::Aaa | M::Aas => flags | 0x8c4,
+            M::Aad | M::Aam => flags | 0x811,
+            M::Daa | M::Das => flags | 0x800,
+            M::Bt | M::Bts | M::Btr | M::Btc => flags,
+            _ => flags,
+        })
+}
+
+/// #SS, #GP or #PF.
+fn faulty(vector: u32) -> bool {
+    matches!(vector, 12..=14)
+}
+
+fn contains(run: &Run, is: impl Fn(Mnemonic) -> bool) -> bool {
+    run.instructions.iter().any(|i| is(i.mnemonic()))
+}
+
+/// The names of what differs.
+pub fn differences(run: &Run, reference: &Outcome, subject: &Outcome) -> Vec<String> {
+    let mut names = Vec::new();
+    let mut check = |name: &str, x: u64, y: u64| {
+        if x != y {
+            names.push(format!("{name} {x:#x} {y:#x}"));
+        }
+    };
+    // Which of two bad operands is told depends on the processor and on the prefix; whether an
+    // operand may wrap at 4 GiB does too.
+    let two = contains(run, |m| {
+        use Mnemonic as M;
+        matches!(m, M::Cmpsb | M::Cmpsw | M::Cmpsd | M::Cmpsq)
+    });
+    let edge = |address| !(0x40..0xffff_ffc0).contains(&address);
+    let wraps = run.case.bits == 32 && edge(reference.address) && edge(subject.address);
+    let either = faulty(reference.vector) && faulty(subject.vector) && (two || wraps);
+    if !either {
+        check("vector", reference.vector.into(), subject.vector.into());
+    }
+    check("rip", reference.rip, subject.rip);
+    if reference.vector == 14 && !either {
+        // Of addresses that are the host kernel's, it tells nothing.
+        let bits = if reference.address >= USER_END {
+            !1
+        } else {
+            !0
+        };
+        let (x, y) = (reference.error & bits, subject.error & bits);
+        check("error", x.into(), y.into());
+        check("cr2", reference.address, subject.address);
+    }
+    let (a, b) = (&reference.registers, &subject.registers);
+    // Outside 64-bit mode nothing can be said of the upper halves and of R8 to R15.
+    let (registers, mask) = if run.case.bits == 64 {
+        (16, u64::MAX)
+    } else {
+        (8, 0xffff_ffff)
+    };
+    // POPA that faults may have loaded some.
+    let popped = faulty(reference.vector)
+        && contains(run, |m| matches!(m, Mnemonic::Popa | Mnemonic::Popad));
+    for i in (0..registers).filter(|i| !popped || *i == 4) {
+        check(&format!("gpr{i}"), a.gpr[i] & mask, b.gpr[i] & mask);
+    }
+    let flags = (STATUS | DIRECTION) & !undefined_flags(run);
+    check("flags", a.rflags & flags, b.rflags & flags);
+    for i in 0..8 {
+        check(&format!("k{i}"), a.vector.k[i], b.vector.k[i]);
+    }
+    check("mxcsr", a.vector.mxcsr.into(), b.vector.mxcsr.into());
+    let gathered = faulty(reference.vector) && run.instructions.iter().any(Instruction::is_vsib);
+    for i in 0..32 {
+        // A gather that faults may have cleared what lies above its destination.
+        let upper = if gathered { 16 } else { 64 };
+        if a.vector.zmm[i].0[..upper] != b.vector.zmm[i].0[..upper] {
+            names.push(format!(
+                "zmm{i}\n  {:02x?}\n  {:02x?}",
+                a.vector.zmm[i].0, b.vector.zmm[i].0
+            ));
+        }
+    }
+    // Control, status and tag words, and the registers. The pointers of the last instruction are
+    // compared where thunks are.
+    // The processor enters MMX mode even if MASKMOVQ then faults.
+    let entered = faulty(reference.vector) && contains(run, |m| m == Mnemonic::Maskmovq);
+    let registers = (0..8).map(|i| (32 + 16 * i, 10));
+    for (at, len) in std::iter::once((0, 5)).chain(registers) {
+        let (x, y) = (&a.vector.x87.0[at..at + len], &b.vector.x87.0[at..at + len]);
+        if x != y && !entered {
+            names.push(format!("x87 at {at}: {x:02x?} {y:02x?}"));
+        }
+    }
+    if reference.memory != subject.memory {
+        let pairs = reference.memory.0.as_flattened().iter();
+        let pairs = pairs.zip(subject.memory.0.as_flattened()).enumerate();
+        for (i, (x, y)) in pairs.filter(|(_, (x, y))| x != y).take(8) {
+            names.push(format!("[{:#x}] {x:#x} {y:#x}", DATA + i as u64));
+        }
+    }
+    names
+}
+
+/// How the engine sees a page.
+pub fn backing(how: super::engine::Backed, page: usize, host: *mut u8) -> Backing {
+    use super::engine::Backed;
+    match how {
+        Backed::Direct | Backed::Untracked => Backing::Ram(host),
+        Backed::Sensed => Backing::Sensed(host),
+        Backed::Mixed if page == 1 => Backing::Device,
+        Backed::Mixed => Backing::Sensed(host),
+    }
+}

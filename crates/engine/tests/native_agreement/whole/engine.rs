@@ -1,0 +1,341 @@
+//! The stepping engine around a few pages of memory.
+
+#![allow(unsafe_code)]
+
+use std::arch::x86_64::__cpuid_count;
+use std::collections::BTreeMap;
+
+use iced_x86::Mnemonic;
+use trapline_engine::access::{Core, Fault};
+use trapline_engine::decode::features::Features;
+use trapline_engine::decode::{DecodeEnd, OpKind, decode};
+use trapline_engine::env::{Backing, Environment, MsrFault, Restart, Span, Translation};
+use trapline_engine::native::{NativeCode, ThunkError};
+use trapline_engine::step::run::{Turn, run};
+use trapline_engine::tlb::{Access, Privilege, Tlb};
+use trapline_x86::control::{cr0, cr4, efer};
+use trapline_x86::exception::page_fault;
+use trapline_x86::segment::Rights;
+use trapline_x86::state::InterruptShadow;
+use trapline_x86::{CpuState, Exception, Segment, SegmentRegister};
+
+use super::case::{
+    CODE, CODE_BYTES, Case, DATA, ERROR_BITS, Memory, Outcome, PAGE, PAGES, Page, backing, bases,
+};
+
+/// How memory is reached: each way is another path through the engine.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Backed {
+    /// Through the TLB.
+    Direct,
+    /// Directly, but every access asks the environment.
+    Untracked,
+    /// As if traces lay on all pages.
+    Sensed,
+    /// One page as if it were a device's registers, traces on the others.
+    Mixed,
+}
+
+impl Backed {
+    pub const ALL: [Self; 4] = [Self::Direct, Self::Untracked, Self::Sensed, Self::Mixed];
+}
+
+/// Steps that a run may take at most: generated code does not loop, but repeats string instructions.
+const MOST_STEPS: u32 = 20_000;
+
+/// What the processor can do, as CPUID tells.
+pub fn features() -> Features {
+    Features::new(|leaf, subleaf| {
+        let r = __cpuid_count(leaf, subleaf);
+        [r.eax, r.ebx, r.ecx, r.edx]
+    })
+}
+
+struct Surroundings {
+    memory: Box<Memory>,
+    code: Box<[u8; PAGE]>,
+    backed: Backed,
+}
+
+impl Surroundings {
+    fn page(&self, linear: u64) -> Option<(usize, Page)> {
+        let page = usize::try_from(linear.checked_sub(DATA)? / PAGE as u64).ok()?;
+        Some((page, *PAGES.get(page)?))
+    }
+}
+
+impl Environment for Surroundings {
+    fn translate(
+        &mut self,
+        _: &CpuState,
+        tlb: &mut Tlb,
+        linear: u64,
+        privilege: Privilege,
+        access: Access,
+    ) -> Result<Translation, Fault> {
+        let write = if access == Access::Write {
+            page_fault::WRITE
+        } else {
+            0
+        };
+        let fault = |present| Exception::page_fault(linear, present | write | page_fault::USER);
+        if linear & !0xfff == CODE {
+            if access == Access::Write {
+                return Err(fault(page_fault::PRESENT).into());
+            }
+            let host = self.code.as_mut_ptr().wrapping_add(linear as usize % PAGE);
+            let backing = Backing::Ram(host);
+            return Ok(Translation {
+                gpa: linear,
+                backing,
+            });
+        }
+        let (page, kind) = match self.page(linear) {
+            None | Some((_, Page::Hole)) => return Err(fault(0).into()),
+            Some(place) => place,
+        };
+        if kind == Page::ReadOnly && access == Access::Write {
+            return Err(fault(page_fault::PRESENT).into());
+        }
+        let host = self.memory.0[page].as_mut_ptr();
+        if self.backed == Backed::Direct {
+            tlb.insert(linear, privilege, access, linear, host, false, false);
+        }
+        let host = host.wrapping_add(linear as usize % PAGE);
+        Ok(Translation {
+            gpa: linear,
+            backing: backing(self.backed, page, host),
+        })
+    }
+    fn sensed(
+        &mut self,
+        _: &mut Tlb,
+        _: u64,
+        _: &[Span],
+        _: Access,
+        perform: &mut dyn FnMut(),
+    ) -> Result<(), Restart> {
+        perform();
+        Ok(())
+    }
+    fn exclusive(
+        &mut self,
+        _: &mut Tlb,
+        _: u64,
+        _: &[Span],
+        perform: &mut dyn FnMut(),
+    ) -> Result<(), Restart> {
+        perform();
+        Ok(())
+    }
+    fn device_read(&mut self, gpa: u64, data: &mut [u8]) {
+        let at = (gpa - DATA) as usize;
+        data.copy_from_slice(&self.memory.0.as_flattened()[at..at + data.len()]);
+    }
+    fn device_write(&mut self, gpa: u64, data: &[u8]) {
+        let at = (gpa - DATA) as usize;
+        self.memory.0.as_flattened_mut()[at..at + data.len()].copy_from_slice(data);
+    }
+    fn port_read(&mut self, _: u16, _: u8) -> u32 {
+        unreachable!("user code has no ports")
+    }
+    fn port_write(&mut self, _: u16, _: u8, _: u32) {
+        unreachable!("user code has no ports")
+    }
+    fn tsc(&mut self, _: &CpuState) -> u64 {
+        0
+    }
+    fn cpuid(&mut self, _: &CpuState, leaf: u32, subleaf: u32) -> [u32; 4] {
+        let r = __cpuid_count(leaf, subleaf);
+        [r.eax, r.ebx, r.ecx, r.edx]
+    }
+    fn msr_read(&mut self, _: &CpuState, _: u32) -> Result<u64, MsrFault> {
+        Err(MsrFault)
+    }
+    fn msr_write(&mut self, _: &mut CpuState, _: &mut Tlb, _: u32, _: u64) -> Result<(), MsrFault> {
+        Err(MsrFault)
+    }
+    fn cr8_read(&mut self) -> u64 {
+        0
+    }
+    fn cr8_write(&mut self, _: u64) {}
+    fn before_flush(&mut self, _: &mut Tlb) {}
+    fn pause(&mut self) {}
+}
+
+/// The second of the two that are compared.
+pub struct Engine {
+    native: NativeCode,
+    features: Features,
+    cpu: CpuState,
+    tlb: Tlb,
+    around: Surroundings,
+}
+
+impl Engine {
+    pub fn new() -> Self {
+        let mut cpu = CpuState::reset();
+        cpu.cr0 = cr0::PE | cr0::MP | cr0::ET | cr0::NE | cr0::WP | cr0::PG;
+        cpu.cr4 = cr4::PAE | cr4::OSFXSR | cr4::OSXMMEXCPT | cr4::OSXSAVE;
+        cpu.efer = efer::LME | efer::LMA | efer::SCE;
+        cpu.xcr0 = 0xe7;
+        cpu.cpl = 3;
+        cpu.tr.limit = 0;
+        Self {
+            native: NativeCode::new().expect("native code"),
+            features: features(),
+            cpu,
+            tlb: Tlb::default(),
+            around: Surroundings {
+                memory: Box::default(),
+                code: Box::new([0xcc; PAGE]),
+                backed: Backed::Direct,
+            },
+        }
+    }
+
+    pub fn set_backing(&mut self, backed: Backed) {
+        self.around.backed = backed;
+        self.tlb.flush_all();
+    }
+
+    pub fn backing(&self) -> Backed {
+        self.around.backed
+    }
+
+    fn load(&mut self, case: &Case) {
+        self.around.code[..CODE_BYTES].copy_from_slice(&case.code);
+        self.around.memory.as_mut().clone_from(&case.memory);
+        let cpu = &mut self.cpu;
+        cpu.gpr = case.registers.gpr;
+        cpu.rflags = case.registers.rflags;
+        cpu.vector.clone_from(&case.registers.vector);
+        cpu.shadow = InterruptShadow::None;
+        let (code, data) = bases(case.bits);
+        cpu.rip = CODE - code;
+        let segment = |base, limit, rights, selector| Segment {
+            base,
+            limit,
+            rights: Rights(rights),
+            selector,
+        };
+        let (cs, other) = match case.bits {
+            64 => (
+                segment(0, u32::MAX, 0xa0fb, 0x33),
+                segment(0, u32::MAX, 0xc0f3, 0x2b),
+            ),
+            32 => (
+                segment(0, u32::MAX, 0xc0fb, 0x23),
+                segment(0, u32::MAX, 0xc0f3, 0x2b),
+            ),
+            _ => (
+                segment(code, 0xffff, 0x00fb, 0xf),
+                segment(data, 0xffff, 0x00f3, 0x17),
+            ),
+        };
+        cpu.seg = [other, cs, other, other, Segment::null(0), Segment::null(0)];
+    }
+
+    /// Runs `case` to its exception. Returns the number of instructions completed, and counts what
+    /// executed them.
+    pub fn execute(
+        &mut self,
+        case: &Case,
+        outcome: &mut Outcome,
+        kinds: &mut BTreeMap<&'static str, u64>,
+    ) -> u64 {
+        self.load(case);
+        let (mut done, mut steps) = (0, 0);
+        let exception = loop {
+            steps += 1;
+            assert!(steps < MOST_STEPS, "{:02x?} goes round", case.code);
+            match self.step(&mut done, kinds) {
+                Turn::Exception(exception) => break exception,
+                Turn::Continue => {}
+                turn => panic!("{:02x?}: {turn:?}", case.code),
+            }
+        };
+        outcome.vector = exception.vector as u32;
+        outcome.rip = self.cpu.rip;
+        outcome.address = exception.cr2.unwrap_or(0);
+        outcome.error = match exception.cr2 {
+            Some(_) => exception.error.unwrap_or(0) & ERROR_BITS,
+            None => 0,
+        };
+        outcome.registers.gpr = self.cpu.gpr;
+        outcome.registers.rflags = self.cpu.rflags;
+        outcome.registers.vector.clone_from(&self.cpu.vector);
+        outcome.memory.clone_from(&self.around.memory);
+        done
+    }
+
+    /// One block.
+    fn step(&mut self, done: &mut u64, kinds: &mut BTreeMap<&'static str, u64>) -> Turn {
+        let mode = self.cpu.mode();
+        let linear = self
+            .cpu
+            .segment(SegmentRegister::Cs)
+            .base
+            .wrapping_add(self.cpu.rip);
+        if !CpuState::is_canonical(linear) {
+            return Turn::Exception(Exception::general_protection(0));
+        }
+        if linear & !0xfff != CODE {
+            let present = match self.around.page(linear) {
+                None | Some((_, Page::Hole)) => 0,
+                Some(_) => page_fault::PRESENT,
+            };
+            let error = present | page_fault::FETCH | page_fault::USER;
+            return Turn::Exception(Exception::page_fault(linear, error));
+        }
+        let bytes = &self.around.code[(linear - CODE) as usize..];
+        let rip = self.cpu.rip;
+        let decoded = match decode(bytes, rip, mode, &self.features, &mut self.native) {
+            Err(ThunkError::Full) => {
+                self.native.reset();
+                decode(bytes, rip, mode, &self.features, &mut self.native)
+            }
+            other => other,
+        };
+        let Ok(DecodeEnd::Block(mut block)) = decoded else {
+            // Behind the last breakpoint of the page.
+            let error = page_fault::FETCH | page_fault::USER;
+            return Turn::Exception(Exception::page_fault(CODE + PAGE as u64, error));
+        };
+        // Breakpoints are not delivered: there is no kernel.
+        let breakpoint = block
+            .ops
+            .last()
+            .is_some_and(|op| op.instruction.mnemonic() == Mnemonic::Int3);
+        if breakpoint {
+            block.ops.pop();
+        }
+        for op in &block.ops {
+            let text = format!("{:?}", op.kind);
+            let name = text.split(['(', ' ']).next().unwrap_or_default();
+            match kinds.iter_mut().find(|(kind, _)| **kind == name) {
+                Some((_, count)) => *count += 1,
+                None => {
+                    kinds.insert(String::leak(name.to_owned()), 1);
+                }
+            }
+        }
+        let alone = block.ops.is_empty();
+        if !alone {
+            let mut core = Core::new(&mut self.cpu, &mut self.tlb, &mut self.around);
+            let (turn, completed) = run(&mut core, &block);
+            *done += completed;
+            // The count tells how far it came.
+            let singles = |op: &&trapline_engine::decode::Op| !matches!(op.kind, OpKind::Run(_));
+            debug_assert!(completed as usize <= block.ops.iter().filter(singles).count());
+            return turn;
+        }
+        self.cpu.rip = self.cpu.rip.wrapping_add(1);
+        Turn::Exception(Exception {
+            vector: trapline_x86::Vector::Breakpoint,
+            error: None,
+            cr2: None,
+            dr6: 0,
+        })
+    }
+}
