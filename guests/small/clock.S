@@ -122,7 +122,7 @@ pit_against_tsc:
     CHECK "TSC goes backwards", %rdi, $0
     ret
 
-# find_pm_timer: RSDP, RSDT, FADT; pm_port stays 0 when something is missing.
+# find_pm_timer: RSDP, XSDT or RSDT, FADT; pm_port stays 0 when something is missing.
 find_pm_timer:
     movabs $0x2052545020445352, %rax    # "RSD PTR "
     mov $0xe0000, %esi
@@ -139,8 +139,23 @@ find_pm_timer:
     add $16, %esi
     loop 3b
     ret
-2:  mov 16(%rsi), %esi          # RSDT
+2:  mov 24(%rsi), %rdi          # XSDT: revision 2 and on
+    cmpb $2, 15(%rsi)
+    mov 16(%rsi), %esi          # RSDT
+    jb 7f
+    test %rdi, %rdi
+    jz 7f
+    mov %rdi, %rsi
     mov 4(%rsi), %ecx
+    sub $36, %ecx
+    shr $3, %ecx
+    jz 5f
+8:  mov 28(%rsi,%rcx,8), %rdi
+    cmpl $0x50434146, (%rdi)    # "FACP"
+    je 6f
+    loop 8b
+    ret
+7:  mov 4(%rsi), %ecx
     sub $36, %ecx
     shr $2, %ecx
     jz 5f

@@ -229,6 +229,8 @@ impl Vcpu {
             .debug
             .stop(cause, &mut self.cpu, &|| signals.is_stopping());
         s.trace.leave_safe(s.vcpu);
+        // What was written meanwhile, by the debugger too, is applied before the next instruction.
+        s.boundary(&mut self.tlb);
         // The debugger may have changed what translations and blocks were chosen by.
         self.tlb.flush_all();
         self.stepping = how == Resume::Step;
@@ -440,6 +442,10 @@ impl Vcpu {
             let mut end = self.try_decode(&bytes[..first_len], key)?;
             let mut second_len = 0;
             if matches!(end, DecodeEnd::NeedMoreBytes) {
+                if self.code_left(key) < first_len as u64 {
+                    // It crosses the segment's limit.
+                    return Err(Exception::general_protection(0).into());
+                }
                 let next = self.next_page(key.mode, linear);
                 let (gpa, _) = self.translate_fetch(next)?;
                 second_gpa = Some(gpa);
@@ -451,7 +457,7 @@ impl Vcpu {
                 end = self.try_decode(&bytes[..first_len + 15], key)?;
             }
             let DecodeEnd::Block(mut block) = end else {
-                return Err(Exception::invalid_opcode().into());
+                return Err(Exception::general_protection(0).into());
             };
             if let Some(_gpa) = second_gpa {
                 // Only the crossing instruction: what follows it lies on the other page.
@@ -506,16 +512,19 @@ impl Vcpu {
         }
     }
 
+    /// Bytes from the block's start to the end of the code segment.
+    fn code_left(&self, key: Key) -> u64 {
+        if key.mode == Mode::Long64 {
+            return u64::MAX;
+        }
+        u64::from(self.cpu.cs().limit)
+            .saturating_sub(key.rip)
+            .saturating_add(1)
+    }
+
     fn try_decode(&mut self, bytes: &[u8], key: Key) -> Result<DecodeEnd, Fault> {
-        let bytes = if key.mode == Mode::Long64 {
-            bytes
-        } else {
-            // Code ends at the segment's limit.
-            let left = u64::from(self.cpu.cs().limit)
-                .saturating_sub(key.rip)
-                .saturating_add(1);
-            &bytes[..bytes.len().min(usize::try_from(left).unwrap_or(usize::MAX))]
-        };
+        let left = usize::try_from(self.code_left(key)).unwrap_or(usize::MAX);
+        let bytes = &bytes[..bytes.len().min(left)];
         loop {
             match decode(bytes, key.rip, key.mode, &self.features, &mut self.native) {
                 Ok(end) => return Ok(end),

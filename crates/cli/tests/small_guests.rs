@@ -1,0 +1,150 @@
+//! The small assembly guests of `guests/small`, each as a test: they check themselves and report
+//! through the debug-exit port.
+//!
+//! They are assembled once, into cargo's folder for test files. GNU as and ld must be there.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::sync::OnceLock;
+
+/// A guest that wrote 16 to the debug-exit port.
+const PASS: i32 = 33;
+/// Guest crashed.
+const CRASH: i32 = 70;
+/// The time limit passed.
+const TIMEOUT: i32 = 124;
+
+/// The folder of the built guests.
+fn images() -> &'static Path {
+    static IMAGES: OnceLock<PathBuf> = OnceLock::new();
+    IMAGES.get_or_init(|| {
+        let sources = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../guests/small");
+        let images = Path::new(env!("CARGO_TARGET_TMPDIR")).join("small-guests");
+        let output = Command::new("sh")
+            .arg(sources.join("build.sh"))
+            .arg(&images)
+            // Fewer rounds than by hand: the model checks look at the interleavings.
+            .env("ASFLAGS", "--defsym ROUNDS=2000")
+            .output()
+            .unwrap();
+        assert!(
+            output.status.success(),
+            "guests/small/build.sh: {}",
+            String::from_utf8_lossy(&output.stderr)
+        );
+        images
+    })
+}
+
+/// Runs a guest with these further options.
+fn run(guest: &str, options: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_trapline"))
+        .args(["run", "--serial", "tty", "--kernel"])
+        .arg(images().join(guest).with_extension("elf"))
+        .args(options)
+        .stdin(Stdio::null())
+        .output()
+        .unwrap()
+}
+
+/// Standard output and error, for messages.
+fn texts(output: &Output) -> (String, String) {
+    (
+        String::from_utf8_lossy(&output.stdout).into_owned(),
+        String::from_utf8_lossy(&output.stderr).into_owned(),
+    )
+}
+
+/// Runs a guest that checks itself; all its checks must pass, and it must have made some.
+fn passes(guest: &str, vcpus: u32) {
+    let output = run(
+        guest,
+        &["--timeout", "120", "--cpus", &format!("boot={vcpus}")],
+    );
+    let (out, err) = texts(&output);
+    let context = || format!("{guest} with {vcpus} VCPUs:\n{out}{err}");
+    assert_eq!(output.status.code(), Some(PASS), "{}", context());
+    let summary = out.lines().last().unwrap_or_default().trim_end();
+    let checks = summary
+        .strip_prefix(&format!("{guest}: "))
+        .and_then(|rest| rest.strip_suffix(" checks, pass"))
+        .and_then(|count| count.parse::<u64>().ok());
+    assert!(checks.is_some_and(|n| n > 0), "{}", context());
+    assert!(!out.contains("FAIL"), "{}", context());
+}
+
+/// One test per guest and number of VCPUs.
+macro_rules! guests {
+    ($($test:ident: $guest:literal, $vcpus:literal;)*) => {
+        $(
+            #[test]
+            fn $test() {
+                passes($guest, $vcpus);
+            }
+        )*
+    };
+}
+
+guests! {
+    exceptions: "exceptions", 1;
+    exceptions_beside_an_idle_vcpu: "exceptions", 2;
+    debug: "debug", 1;
+    paging: "paging", 1;
+    segments: "segments", 1;
+    strings: "strings", 1;
+    clock: "clock", 1;
+    selfmod: "selfmod", 1;
+    selfmod_beside_idle_vcpus: "selfmod", 4;
+    smp_of_2: "smp", 2;
+    smp_of_3: "smp", 3;
+    smp_of_4: "smp", 4;
+    smp_of_8: "smp", 8;
+    cross_mod_of_2: "cross_mod", 2;
+    cross_mod_of_3: "cross_mod", 3;
+    cross_mod_of_4: "cross_mod", 4;
+    cross_mod_of_8: "cross_mod", 8;
+}
+
+#[test]
+fn a_triple_fault_prints_the_registers() {
+    let output = run("crash_triple", &["--timeout", "60"]);
+    let (out, err) = texts(&output);
+    assert_eq!(output.status.code(), Some(CRASH), "{out}{err}");
+    assert!(out.contains("crash_triple: now"), "{out}");
+    assert!(err.contains("triple fault"), "{err}");
+    assert!(err.contains("rax 0000000000007219"), "{err}");
+    assert!(err.contains("mode Long64"), "{err}");
+}
+
+#[test]
+fn running_into_a_hole_ends_in_a_crash() {
+    // Ones are no instruction, and there is no handler.
+    let output = run("crash_hole", &["--timeout", "60"]);
+    let (out, err) = texts(&output);
+    assert_eq!(output.status.code(), Some(CRASH), "{out}{err}");
+    assert!(err.contains("triple fault"), "{err}");
+    assert!(err.contains("rip 00000000d0000000"), "{err}");
+}
+
+#[test]
+fn a_hanging_guest_is_stopped_by_the_time_limit() {
+    let output = run("hang", &["--timeout", "2"]);
+    let (out, err) = texts(&output);
+    assert_eq!(output.status.code(), Some(TIMEOUT), "{out}{err}");
+    assert!(out.contains("hang: spinning"), "{out}");
+    assert!(err.contains("--timeout"), "{err}");
+}
+
+#[test]
+fn the_guest_chooses_the_exit_status() {
+    // (V << 1) | 1
+    for (options, status) in [
+        (&[][..], 85),
+        (&["--cmdline", "exit=3"], 7),
+        (&["--cmdline", "exit=0"], 1),
+    ] {
+        let output = run("exit", options);
+        let (out, err) = texts(&output);
+        assert_eq!(output.status.code(), Some(status), "{options:?} {out}{err}");
+    }
+}
