@@ -10,7 +10,7 @@ use crate::random::Random;
 /// The machine's memory in MiB.
 const MEMORY_MIB: u64 = 16;
 /// The most memory that the process may use: the machine's and what goes with it.
-pub const MOST_KIB: u64 = (MEMORY_MIB + 240) * 1024;
+pub const MOST_KIB: u64 = (MEMORY_MIB + 160) * 1024;
 /// `--timeout`, in seconds.
 const TIME_LIMIT: u64 = 1;
 /// How long it may take to end after that, on a busy host.

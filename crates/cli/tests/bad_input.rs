@@ -1,0 +1,235 @@
+//! Bad input and bad guests: one clear sentence and the documented exit status.
+
+use std::path::PathBuf;
+use std::process::{Command, Output, Stdio};
+
+fn trapline(arguments: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_trapline"))
+        .args(arguments)
+        .stdin(Stdio::null())
+        .output()
+        .unwrap()
+}
+
+/// Runs with arguments that must end with this status and one line that has `hint` in it.
+fn refused(arguments: &[&str], status: i32, hint: &str) {
+    let output = trapline(arguments);
+    let message = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(status), "{message}");
+    assert!(message.starts_with("trapline: "), "{message}");
+    assert!(message.contains(hint), "{message}");
+    assert_eq!(message.lines().count(), 1, "{message}");
+}
+
+fn scratch(name: &str, content: &[u8]) -> PathBuf {
+    let path = std::env::temp_dir().join(format!("trapline-bad-{}-{name}", std::process::id()));
+    std::fs::write(&path, content).unwrap();
+    path
+}
+
+/// A pipe that nobody reads.
+fn closed_pipe() -> Stdio {
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    writer.into()
+}
+
+/// A Multiboot image at 1 MiB with this code.
+fn multiboot(code: &[u8]) -> Vec<u8> {
+    const LOAD: u32 = 0x10_0000;
+    let flags = 1u32 << 16;
+    let end = LOAD + 32 + code.len() as u32;
+    let checksum = 0u32.wrapping_sub(0x1bad_b002).wrapping_sub(flags);
+    let fields = [
+        0x1bad_b002,
+        flags,
+        checksum,
+        LOAD,
+        LOAD,
+        end,
+        end,
+        LOAD + 32,
+    ];
+    let mut image: Vec<u8> = fields.iter().flat_map(|f| f.to_le_bytes()).collect();
+    image.extend_from_slice(code);
+    image
+}
+
+/// Runs an image of this name; status and message.
+fn run_image(name: &str, image: &[u8]) -> (Option<i32>, String) {
+    let path = scratch(name, image);
+    let output = trapline(&[
+        "run",
+        "--kernel",
+        path.to_str().unwrap(),
+        "--serial",
+        "null",
+        "--memory",
+        "size=16M",
+        "--timeout",
+        "20",
+    ]);
+    std::fs::remove_file(path).unwrap();
+    (
+        output.status.code(),
+        String::from_utf8(output.stderr).unwrap(),
+    )
+}
+
+#[test]
+fn a_guest_that_crashes_is_told_with_its_registers() {
+    // ud2, without an IDT.
+    let (status, message) = run_image("triple", &multiboot(&[0x0f, 0x0b]));
+    assert_eq!(status, Some(70), "{message}");
+    assert!(message.starts_with("trapline: the guest crashed on VCPU 0"));
+    assert!(message.to_lowercase().contains("rip"), "{message}");
+    // mov eax, 0xd0000000; jmp eax: a hole reads as ones, which is no instruction.
+    let hole = [0xb8, 0, 0, 0, 0xd0, 0xff, 0xe0];
+    let (status, message) = run_image("hole", &multiboot(&hole));
+    assert_eq!(status, Some(70), "{message}");
+    assert!(message.contains("d0000000"), "{message}");
+}
+
+#[test]
+fn a_guest_says_its_exit_status() {
+    // mov al, 0x10; out 0xf4, al
+    let (status, message) = run_image("exit", &multiboot(&[0xb0, 0x10, 0xe6, 0xf4]));
+    assert_eq!((status, message.as_str()), (Some(33), ""));
+}
+
+#[test]
+fn a_guest_that_does_not_end_is_stopped() {
+    let path = scratch("endless", &multiboot(&[0xeb, 0xfe]));
+    let kernel = path.to_str().unwrap();
+    let arguments = [
+        "run",
+        "--kernel",
+        kernel,
+        "--serial",
+        "null",
+        "--timeout",
+        "1",
+    ];
+    refused(&arguments, 124, "time limit");
+    std::fs::remove_file(path).unwrap();
+}
+
+#[test]
+fn truncated_kernels() {
+    let whole = multiboot(&[0x90; 4096]);
+    for length in [1, 12, 31, 33, 2000, whole.len() - 1] {
+        let (status, message) = run_image("truncated", &whole[..length]);
+        assert_eq!(status, Some(65), "{length}: {message}");
+        assert_eq!(message.lines().count(), 1, "{length}: {message}");
+    }
+}
+
+#[test]
+fn a_command_line_that_is_too_long() {
+    let path = scratch("cmdline", &multiboot(&[0xeb, 0xfe]));
+    let cmdline = "x".repeat(100_000);
+    let kernel = path.to_str().unwrap();
+    let output = trapline(&["run", "--kernel", kernel, "--cmdline", &cmdline]);
+    let message = String::from_utf8(output.stderr).unwrap();
+    assert!(
+        matches!(output.status.code(), Some(64 | 65)),
+        "{:?} {message}",
+        output.status
+    );
+    assert_eq!(message.lines().count(), 1, "{message}");
+    assert!(message.contains("command line"), "{message}");
+    std::fs::remove_file(path).unwrap();
+}
+
+#[test]
+fn an_initramfs_that_does_not_fit() {
+    let kernel = scratch("small-kernel", &multiboot(&[0xeb, 0xfe]));
+    let initramfs = scratch("large-initramfs", &vec![7; 20 << 20]);
+    refused(
+        &[
+            "run",
+            "--kernel",
+            kernel.to_str().unwrap(),
+            "--initramfs",
+            initramfs.to_str().unwrap(),
+            "--memory",
+            "size=16M",
+        ],
+        65,
+        "--memory",
+    );
+    for path in [kernel, initramfs] {
+        std::fs::remove_file(path).unwrap();
+    }
+}
+
+#[test]
+fn memory_that_the_host_refuses() {
+    let path = scratch("memory", &multiboot(&[0xeb, 0xfe]));
+    let kernel = path.to_str().unwrap();
+    for size in ["size=100T", "size=512T", "size=16777215T"] {
+        let output = trapline(&["run", "--kernel", kernel, "--memory", size]);
+        let message = String::from_utf8(output.stderr).unwrap();
+        assert!(
+            matches!(output.status.code(), Some(64 | 71)),
+            "{size}: {:?} {message}",
+            output.status
+        );
+        assert_eq!(message.lines().count(), 1, "{message}");
+    }
+    // With little address space.
+    let command = format!(
+        "ulimit -v 400000; exec {} run --kernel {kernel} --memory size=1G",
+        env!("CARGO_BIN_EXE_trapline")
+    );
+    let output = Command::new("sh")
+        .args(["-c", &command])
+        .stdin(Stdio::null())
+        .output()
+        .unwrap();
+    let message = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(71), "{message}");
+    assert_eq!(message.lines().count(), 1, "{message}");
+    assert!(message.contains("memory"), "{message}");
+    std::fs::remove_file(path).unwrap();
+}
+
+#[test]
+fn a_console_that_nobody_reads() {
+    // mov dx, 0x3f8; again: mov al, 'x'; out dx, al; jmp again
+    let chatter = [0x66, 0xba, 0xf8, 0x03, 0xb0, 0x78, 0xee, 0xeb, 0xfb];
+    let path = scratch("chatter", &multiboot(&chatter));
+    let kernel = path.to_str().unwrap();
+    let arguments = [
+        "run",
+        "--kernel",
+        kernel,
+        "--memory",
+        "size=16M",
+        "--timeout",
+        "20",
+    ];
+    let broken = Command::new(env!("CARGO_BIN_EXE_trapline"))
+        .args(arguments)
+        .stdin(Stdio::null())
+        .stdout(closed_pipe())
+        .output()
+        .unwrap();
+    let message = String::from_utf8(broken.stderr).unwrap();
+    assert_eq!(broken.status.code(), Some(71), "{message}");
+    assert!(message.contains("standard output"), "{message}");
+    // A closed standard output is /dev/null from the start, so the machine runs on.
+    let command = format!(
+        "exec {} run --kernel {kernel} --memory size=16M --timeout 1 >&-",
+        env!("CARGO_BIN_EXE_trapline")
+    );
+    let closed = Command::new("sh")
+        .args(["-c", &command])
+        .stdin(Stdio::null())
+        .output()
+        .unwrap();
+    let message = String::from_utf8(closed.stderr).unwrap();
+    assert_eq!(closed.status.code(), Some(124), "{message}");
+    assert_eq!(message.lines().count(), 1, "{message}");
+    std::fs::remove_file(path).unwrap();
+}
