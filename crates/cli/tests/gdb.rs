@@ -97,9 +97,9 @@ impl Client {
     }
 }
 
-fn start(guest: &Path, cpus: u8, port: u16) -> Child {
+fn start(guest: &Path, cpus: u8, port: u16, serial: &str) -> Child {
     Command::new(env!("CARGO_BIN_EXE_trapline"))
-        .args(["run", "--serial", "null", "--timeout", "60"])
+        .args(["run", "--serial", serial, "--timeout", "60"])
         .args([
             "--cpus",
             &format!("boot={cpus}"),
@@ -118,10 +118,19 @@ fn start(guest: &Path, cpus: u8, port: u16) -> Child {
 fn a_debugger_rewrites_running_code() {
     let guest = build_guest("hang");
     let port = free_port();
-    let mut trapline = start(&guest, 1, port);
+    let console = guest.with_extension("console");
+    let _ = std::fs::remove_file(&console);
+    let mut trapline = start(&guest, 1, port, &format!("file={}", console.display()));
+    // Stepping there would take long: let the guest run until it says that it spins.
+    for _ in 0..400 {
+        if std::fs::read_to_string(&console).is_ok_and(|text| text.contains("spinning")) {
+            break;
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
     let mut gdb = Client::connect(port);
     assert!(gdb.ask("?").starts_with(['S', 'T']));
-    // The guest spins in its last instruction; wait until it is there.
+    // The guest spins in its last instruction; a few steps lead there.
     let mut rip = gdb.register(16);
     loop {
         let before = rip;
@@ -142,7 +151,7 @@ fn a_debugger_rewrites_running_code() {
 fn a_client_that_vanishes_leaves_the_guest_unharmed() {
     let guest = build_guest("exit");
     let port = free_port();
-    let mut trapline = start(&guest, 2, port);
+    let mut trapline = start(&guest, 2, port, "null");
     // The guest may have ended before the client comes; then there is nothing to leave.
     if let Ok(stream) = TcpStream::connect(("127.0.0.1", port)) {
         drop(stream);
