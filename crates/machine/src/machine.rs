@@ -21,7 +21,7 @@ use trapline_x86::CpuState;
 use trapline_x86::cpuid::{CpuidConfig, CpuidModel};
 use vm_memory::{Bytes, GuestAddress};
 
-use crate::config::{EngineKind, MachineConfig};
+use crate::config::{EngineKind, MachineConfig, TraceNotify};
 use crate::console::Console;
 use crate::ending::{End, Ending};
 use crate::gdb::{Debugger, GdbServer};
@@ -123,6 +123,7 @@ impl Machine {
         })?;
         let memory = Arc::new(memory);
         let trace = Arc::new(TraceSystem::new(count, Arc::clone(&memory) as _));
+        trace.set_notify_all(config.trace_notify == TraceNotify::All);
         let ending = Arc::new(Ending::default());
         let breakpoints = Arc::new(Breakpoints::default());
         let signals: Vec<Arc<Signals>> = (0..count)

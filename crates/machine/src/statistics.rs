@@ -75,6 +75,32 @@ fn vcpu(index: usize, s: &VcpuStatistics) -> Value {
     })
 }
 
-fn traces(_trace: &TraceSystem) -> Value {
-    json!([])
+/// What the trace subsystem counted: per kind and semantics, and the roles of each VCPU.
+fn traces(trace: &TraceSystem) -> Value {
+    let totals = trace.totals();
+    let kinds: Vec<Value> = totals
+        .kinds
+        .iter()
+        .map(|k| {
+            json!({
+                "kind": k.kind.to_string(),
+                "semantics": k.semantics.to_string(),
+                "events": k.events,
+                "notifications": k.notifications,
+                "acknowledgements": k.acknowledgements,
+                "waits": {
+                    "count": k.waits,
+                    "p50_ns": k.wait_p50_ns,
+                    "p99_ns": k.wait_p99_ns,
+                    "max_ns": k.wait_max_ns,
+                },
+            })
+        })
+        .collect();
+    let roles: Vec<Value> = totals
+        .roles
+        .iter()
+        .map(|r| json!({ "actor": r.actor, "consumer": r.consumer, "bystander": r.bystander }))
+        .collect();
+    json!({ "kinds": kinds, "roles": roles, "beside": totals.beside })
 }
