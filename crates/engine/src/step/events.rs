@@ -162,7 +162,8 @@ pub fn raise<E: Environment>(core: &mut Core<'_, E>, event: Event) -> Result<Del
             continue;
         };
         let severe = second.is_contributory() || second.vector == Vector::PageFault;
-        if first.vector == Vector::DoubleFault && severe {
+        // Nothing but shutdown follows a double fault, so that no guest can keep the delivery busy.
+        if first.vector == Vector::DoubleFault {
             core.cpu.activity = Activity::Shutdown;
             return Ok(Delivered::TripleFault);
         }
@@ -170,6 +171,8 @@ pub fn raise<E: Environment>(core: &mut Core<'_, E>, event: Event) -> Result<Del
             Vector::PageFault => severe,
             _ => first.is_contributory() && second.is_contributory(),
         };
+        // A benign exception (#AC) while an exception is delivered would raise itself for ever.
+        let double = double || !severe;
         event = Event::Exception(if double { double_fault() } else { second });
     }
 }
