@@ -59,6 +59,7 @@ fn vcpu(index: usize, s: &VcpuStatistics) -> Value {
         "decoded_blocks": s.code.decoded_blocks,
         "decoded_bytes": s.code.decoded_bytes,
         "invalidated_blocks": s.code.invalidated_blocks,
+        "rederived_blocks": s.code.rederived_blocks,
         "code_cache_drops": s.code.drops,
         "exits": {
             "port": e.port,

@@ -4,11 +4,12 @@
 //! notification removes the blocks that overlap what was written. The cache belongs to its VCPU's
 //! thread; nobody else touches it.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::rc::Rc;
 
 use trapline_engine::decode::Block;
-use trapline_trace::{Range, TraceId};
+use trapline_trace::observer::Witness;
+use trapline_trace::{Kind, Range, TraceId};
 use trapline_x86::Mode;
 
 /// The most blocks kept: then all go. Bounds the memory that guest code can make the VMM use.
@@ -77,6 +78,8 @@ pub struct CodeStatistics {
     pub decoded_blocks: u64,
     pub decoded_bytes: u64,
     pub invalidated_blocks: u64,
+    /// Blocks decoded again after they had been invalidated.
+    pub rederived_blocks: u64,
     /// The whole cache was dropped because it was full.
     pub drops: u64,
 }
@@ -95,20 +98,15 @@ pub struct CodeCache {
     /// Traces that lost their last block, to be removed at the next opportunity if they are still
     /// without one then.
     released: Vec<TraceId>,
+    /// Keys of blocks that were invalidated and have not been decoded again since.
+    gone: HashSet<Key>,
+    witness: Witness,
     pub statistics: CodeStatistics,
 }
 
 impl Default for CodeCache {
     fn default() -> Self {
-        Self {
-            blocks: HashMap::new(),
-            by_page: HashMap::new(),
-            operations: 0,
-            jumps: vec![None; JUMP_ENTRIES],
-            uses: HashMap::new(),
-            released: Vec::new(),
-            statistics: CodeStatistics::default(),
-        }
+        Self::new(Witness::none())
     }
 }
 
@@ -117,6 +115,21 @@ fn jump_slot(rip: u64) -> usize {
 }
 
 impl CodeCache {
+    /// An empty cache, whose invalidations `witness` sees.
+    pub fn new(witness: Witness) -> Self {
+        Self {
+            blocks: HashMap::new(),
+            by_page: HashMap::new(),
+            operations: 0,
+            jumps: vec![None; JUMP_ENTRIES],
+            uses: HashMap::new(),
+            released: Vec::new(),
+            gone: HashSet::new(),
+            witness,
+            statistics: CodeStatistics::default(),
+        }
+    }
+
     /// The block at `rip` if it was entered at the same epoch in the same context (mode and
     /// privilege).
     #[inline]
@@ -171,6 +184,7 @@ impl CodeCache {
     pub fn insert(&mut self, key: Key, block: CachedBlock) -> Rc<CachedBlock> {
         self.statistics.decoded_blocks += 1;
         self.statistics.decoded_bytes += u64::from(block.block.len);
+        self.statistics.rederived_blocks += u64::from(self.gone.remove(&key));
         self.remove(key);
         let block = Rc::new(block);
         self.by_page.entry(key.gpa >> 12).or_default().push(key);
@@ -205,6 +219,7 @@ impl CodeCache {
     /// Removes the blocks that overlap `range`; whether there were any. The caller makes the jump
     /// cache look again by a new epoch.
     pub fn invalidate(&mut self, range: Range) -> bool {
+        let start = self.witness.now();
         let mut hit = Vec::new();
         for page in range.lo >> 12..=(range.hi.max(range.lo + 1) - 1) >> 12 {
             for key in self.by_page.get(&page).into_iter().flatten() {
@@ -213,14 +228,27 @@ impl CodeCache {
                 }
             }
         }
-        let mut any = false;
+        let mut count = 0;
         for key in hit {
             if self.remove(key) {
-                self.statistics.invalidated_blocks += 1;
-                any = true;
+                count += 1;
+                self.note_gone(key);
             }
         }
-        any
+        self.statistics.invalidated_blocks += count;
+        if count > 0 {
+            self.witness.invalidated(start, Kind::Code, range, count);
+        }
+        count > 0
+    }
+
+    /// Remembers a key whose block was invalidated. Forgets all rather than to grow with what a
+    /// guest does.
+    fn note_gone(&mut self, key: Key) {
+        if self.gone.len() >= MAX_BLOCKS {
+            self.gone.clear();
+        }
+        self.gone.insert(key);
     }
 
     /// Removes everything.
@@ -303,6 +331,20 @@ mod tests {
         assert!(cache.get(&a).is_none());
         assert!(cache.get(&b).is_some());
         assert_eq!(cache.statistics.invalidated_blocks, 1);
+    }
+
+    #[test]
+    fn only_what_was_invalidated_counts_as_derived_again() {
+        let mut cache = CodeCache::default();
+        add(&mut cache, 0x1000, 0x10);
+        assert!(cache.invalidate(Range::new(0x1000, 0x1001)));
+        add(&mut cache, 0x1000, 0x10);
+        assert_eq!(cache.statistics.rederived_blocks, 1);
+        // Replaced, and decoded again because the cache was full.
+        add(&mut cache, 0x1000, 0x10);
+        cache.clear();
+        add(&mut cache, 0x1000, 0x10);
+        assert_eq!(cache.statistics.rederived_blocks, 1);
     }
 
     /// A trace that is established.

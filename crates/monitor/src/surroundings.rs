@@ -12,6 +12,7 @@ use trapline_engine::access::Fault;
 use trapline_engine::env::{Backing, Environment, MsrFault, Restart, Span, Translation};
 use trapline_engine::tlb::{Access, Privilege, Tlb};
 use trapline_memory::GuestMemory;
+use trapline_trace::observer::Witness;
 use trapline_trace::{Actor, Kind, Notice, Range, Sense, TraceSystem, VcpuId};
 use trapline_x86::cpuid::{CpuidDynamic, CpuidModel};
 use trapline_x86::paging::{self, PhysicalMemory, Request};
@@ -69,6 +70,7 @@ impl Surroundings {
         platform: Arc<dyn Platform>,
         cpuid: Arc<CpuidModel>,
     ) -> Self {
+        let code = CodeCache::new(Witness::new(trace.observing().clone(), vcpu));
         Self {
             vcpu,
             trace,
@@ -76,7 +78,7 @@ impl Surroundings {
             apic,
             platform,
             cpuid,
-            code: CodeCache::default(),
+            code,
             look_for_interrupts: false,
             exits: Exits::default(),
             watchpoint_hit: None,
@@ -302,9 +304,10 @@ impl Environment for Surroundings {
     fn device_read(&mut self, gpa: u64, data: &mut [u8]) {
         self.exits.device += 1;
         let end = gpa.saturating_add(data.len() as u64);
+        let actor = Actor::Vcpu(self.vcpu);
         match self
             .trace
-            .device_at(Range { lo: gpa, hi: end }, Sense::READ)
+            .device_at(actor, Range { lo: gpa, hi: end }, Sense::READ)
         {
             Some((cookie, registers)) => {
                 let offset = gpa.wrapping_sub(registers.lo);
@@ -319,9 +322,10 @@ impl Environment for Surroundings {
     fn device_write(&mut self, gpa: u64, data: &[u8]) {
         self.exits.device += 1;
         let end = gpa.saturating_add(data.len() as u64);
-        if let Some((cookie, registers)) = self
-            .trace
-            .device_at(Range { lo: gpa, hi: end }, Sense::WRITE)
+        let actor = Actor::Vcpu(self.vcpu);
+        if let Some((cookie, registers)) =
+            self.trace
+                .device_at(actor, Range { lo: gpa, hi: end }, Sense::WRITE)
         {
             let offset = gpa.wrapping_sub(registers.lo);
             self.platform

@@ -22,6 +22,7 @@
 
 pub mod kind;
 pub mod mailbox;
+pub mod observer;
 pub mod regions;
 pub mod statistics;
 mod sync;
@@ -30,6 +31,7 @@ pub mod vcpu;
 
 pub use kind::{Actor, Kind, Range, Semantics, Sense};
 pub use mailbox::{Attention, Notice, Notification, TRACE};
+pub use observer::{Observer, Observing};
 pub use regions::TraceId;
 pub use system::{AlwaysSensed, Restart, Sensor, TraceSystem};
 pub use vcpu::{MAX_VCPUS, VcpuId, VcpuSet};

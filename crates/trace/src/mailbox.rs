@@ -155,14 +155,16 @@ impl Mailbox {
         self.running.store(false, SeqCst);
     }
 
-    /// VCPU's side: goes on as soon as nobody holds it. `acknowledge` is called whenever it has
-    /// declared itself stopped, for actors that wait.
-    pub fn start_running(&self, acknowledge: &dyn Fn()) {
+    /// VCPU's side: goes on as soon as nobody holds it; whether it had to wait for that.
+    /// `acknowledge` is called whenever it has declared itself stopped, for actors that wait.
+    pub fn start_running(&self, acknowledge: &dyn Fn()) -> bool {
+        let mut stalled = false;
         loop {
             self.running.store(true, SeqCst);
             if !self.held.load(SeqCst) {
-                return;
+                return stalled;
             }
+            stalled = true;
             self.running.store(false, SeqCst);
             acknowledge();
             self.wait_released();

@@ -24,6 +24,7 @@ use std::time::Instant;
 
 use crate::kind::{Actor, Kind, Range, Semantics, Sense};
 use crate::mailbox::{Attention, Mailbox, Notice, Notification, TRACE};
+use crate::observer::{Observing, Record};
 use crate::regions::{Region, Regions, TraceId};
 use crate::statistics::{Counters, Totals};
 use crate::sync::{
@@ -97,6 +98,7 @@ pub struct TraceSystem {
     waiting: Mutex<()>,
     stopped: Condvar,
     owner_asleep: AtomicBool,
+    observing: Observing,
     mutation: Mutation,
 }
 
@@ -126,8 +128,21 @@ impl TraceSystem {
             waiting: Mutex::new(()),
             stopped: Condvar::new(),
             owner_asleep: AtomicBool::new(false),
+            observing: Observing::default(),
             mutation,
         }
+    }
+
+    /// Makes an observer see, from now on, what happens.
+    #[must_use]
+    pub fn observed(mut self, observing: Observing) -> Self {
+        self.observing = observing;
+        self
+    }
+
+    /// Whoever observes this trace subsystem.
+    pub fn observing(&self) -> &Observing {
+        &self.observing
     }
 
     /// Overrides the semantics of a kind (\[0084\]).
@@ -173,7 +188,24 @@ impl TraceSystem {
     /// The VCPU wants to execute again; waits while an actor holds it. The caller looks at its
     /// attention word, and so drains its queue, before it executes a guest instruction.
     pub fn leave_safe(&self, vcpu: VcpuId) {
-        self.mailbox(vcpu).start_running(&|| self.wake_owner());
+        self.start_running(vcpu, self.observing.now());
+    }
+
+    /// As [`Self::leave_safe`], for a VCPU that acknowledged at `start`.
+    fn start_running(&self, vcpu: VcpuId, start: u64) {
+        if self.mailbox(vcpu).start_running(&|| self.wake_owner()) {
+            self.observing
+                .record(Some(vcpu), start, |span| Record::Stalled { span });
+        }
+    }
+
+    /// Hands every notice in the VCPU's queue to `handler`; whether there was any.
+    fn drain(&self, vcpu: VcpuId, handler: &mut dyn FnMut(Notice)) -> bool {
+        let mailbox = self.mailbox(vcpu);
+        if !self.observing.is_on() {
+            return mailbox.drain(handler);
+        }
+        mailbox.drain(&mut |notice| self.observing.apply(Some(vcpu), notice, handler))
     }
 
     /// Sleeps, at an instruction boundary, until an attention bit is set or `until` has passed.
@@ -192,14 +224,15 @@ impl TraceSystem {
             return false;
         }
         if mailbox.is_held() && !self.mutation.resume_early {
+            let start = self.observing.now();
             mailbox.stop_running();
             self.wake_owner();
-            mailbox.start_running(&|| self.wake_owner());
+            self.start_running(vcpu, start);
         } else if self.mutation.resume_early && mailbox.is_held() {
             mailbox.stop_running();
             self.wake_owner();
         }
-        mailbox.drain(handler)
+        self.drain(vcpu, handler)
     }
 
     /// Tells the lane's owner, if it sleeps, that a VCPU has stopped running.
@@ -221,12 +254,15 @@ impl TraceSystem {
         if let Ok(guard) = self.lane.try_lock() {
             return guard;
         }
+        let start = self.observing.now();
         let mailbox = self.mailbox(vcpu);
         mailbox.stop_running();
         self.wake_owner();
         let guard = lock(&self.lane);
         // Nobody can hold this VCPU now: only the lane's owner does.
         mailbox.start_running_in_lane();
+        self.observing
+            .record(Some(vcpu), start, |span| Record::Queued { span });
         guard
     }
 
@@ -236,25 +272,27 @@ impl TraceSystem {
         if self.mutation.no_restart {
             return false;
         }
-        let mailbox = self.mailbox(vcpu);
-        mailbox.attention.take(TRACE);
-        mailbox.drain(handler)
+        self.mailbox(vcpu).attention.take(TRACE);
+        self.drain(vcpu, handler)
     }
 
     /// Brings `vcpus` to an instruction boundary and keeps them there; the caller has the lane.
-    fn hold(&self, vcpus: VcpuSet) {
+    /// Returns those that were not at one already.
+    fn hold(&self, vcpus: VcpuSet) -> VcpuSet {
         for vcpu in vcpus.iter() {
             self.mailbox(vcpu).hold();
         }
-        for vcpu in vcpus.iter() {
-            self.wait_stopped(self.mailbox(vcpu));
-        }
+        vcpus
+            .iter()
+            .filter(|vcpu| self.wait_stopped(self.mailbox(*vcpu)))
+            .collect()
     }
 
-    fn wait_stopped(&self, mailbox: &Mailbox) {
-        for _ in 0..SPINS {
+    /// Waits until the VCPU has stopped; whether it was running.
+    fn wait_stopped(&self, mailbox: &Mailbox) -> bool {
+        for round in 0..SPINS {
             if !mailbox.is_running() {
-                return;
+                return round > 0;
             }
             relax();
         }
@@ -268,6 +306,7 @@ impl TraceSystem {
         }
         self.owner_asleep.store(false, SeqCst);
         drop(guard);
+        true
     }
 
     fn release(&self, vcpus: VcpuSet) {
@@ -297,6 +336,7 @@ impl TraceSystem {
         handler: &mut dyn FnMut(Notice),
     ) -> Result<TraceId, Restart> {
         let range = Range::new(range.lo, range.hi.max(range.lo + 1));
+        let start = self.observing.now();
         let _lane = self.enter_lane(by);
         if self.drain_own(by, handler) {
             return Err(Restart);
@@ -325,14 +365,15 @@ impl TraceSystem {
         if let Some(own) = own {
             others = others.without(own);
         }
+        let mut held = VcpuSet::EMPTY;
         if !others.is_empty() && !self.mutation.establish_without_waiting {
-            self.hold(others);
+            held = self.hold(others);
         }
         for (page, holders) in revocations {
             let notice = Notice::Revoke { page, sense };
             for vcpu in holders.iter() {
                 if Some(vcpu) == own {
-                    handler(notice);
+                    self.observing.apply(own, notice, handler);
                 } else {
                     self.mailbox(vcpu).post(notice);
                 }
@@ -341,6 +382,15 @@ impl TraceSystem {
         if !others.is_empty() && !self.mutation.establish_without_waiting {
             self.release(others);
         }
+        self.observing
+            .record(by, start, |span| Record::Established {
+                span,
+                range,
+                kind,
+                sense,
+                consumers,
+                held,
+            });
         Ok(id)
     }
 
@@ -352,24 +402,49 @@ impl TraceSystem {
             .write()
             .unwrap_or_else(std::sync::PoisonError::into_inner);
         if let Some(gone) = regions.drop_consumer(id, vcpu) {
+            self.observing
+                .record(Some(vcpu), 0, |span| Record::Removed {
+                    at: span.end,
+                    range: gone.range,
+                    kind: gone.kind,
+                    sense: gone.sense,
+                });
             for page in gone.range.lo >> PAGE_SHIFT..=(gone.range.hi - 1) >> PAGE_SHIFT {
                 self.sensor.relax(page * PAGE, regions.sense_of_page(page));
             }
         }
     }
 
-    /// The device whose registers `range` touches, by its cookie, with the range of its registers:
-    /// an event of kind `device`. Takes no lane; reading a device's registers changes no derived
-    /// structure.
-    pub fn device_at(&self, range: Range, sense: Sense) -> Option<(u64, Range)> {
+    /// The device whose registers `actor` is about to access at `range`, by its cookie, with the
+    /// range of its registers: an event of kind `device`. Takes no lane; reading a device's
+    /// registers changes no derived structure.
+    pub fn device_at(&self, actor: Actor, range: Range, sense: Sense) -> Option<(u64, Range)> {
+        let start = self.observing.now();
         let mut hits = Vec::new();
         self.regions
             .read()
             .unwrap_or_else(std::sync::PoisonError::into_inner)
             .hits(range, sense, &mut hits);
         let hit = hits.iter().find(|hit| hit.kind == Kind::Device)?;
-        self.counters
-            .event(Kind::Device, self.semantics(Kind::Device));
+        let semantics = self.semantics(Kind::Device);
+        self.counters.event(Kind::Device, semantics);
+        self.observing.record(actor, start, |span| Record::Acted {
+            span,
+            notification: Notification {
+                id: hit.id,
+                kind: Kind::Device,
+                semantics,
+                region: hit.range,
+                cookie: hit.cookie,
+                written: range,
+                actor,
+                sequence: self.sequence.fetch_add(1, Relaxed),
+            },
+            sense,
+            consumers: VcpuSet::EMPTY,
+            awaited: VcpuSet::EMPTY,
+            waited: 0,
+        });
         Some((hit.cookie, hit.range))
     }
 
@@ -395,6 +470,7 @@ impl TraceSystem {
             Actor::Vcpu(vcpu) => Some(vcpu),
             Actor::Device | Actor::Debugger => None,
         };
+        let start = self.observing.now();
         let _lane = self.enter_lane(vcpu);
         if self.drain_own(vcpu, handler) {
             return Err(Restart);
@@ -426,18 +502,26 @@ impl TraceSystem {
         if let Some(vcpu) = vcpu {
             self.counters.acted(vcpu);
         }
-        self.notify(vcpu, actor, &hits, handler, perform);
+        self.notify(actor, sense, &hits, start, handler, perform);
         Ok(())
     }
 
+    /// Performs an access that hits these regions, of which there is at least one, in the lane.
+    /// The observer is told that it began at `start`.
     fn notify(
         &self,
-        vcpu: Option<VcpuId>,
         actor: Actor,
+        sense: Sense,
         hits: &[(Region, Range)],
+        start: u64,
         handler: &mut dyn FnMut(Notice),
         perform: &mut dyn FnMut(),
     ) {
+        let vcpu = match actor {
+            Actor::Vcpu(vcpu) => Some(vcpu),
+            Actor::Device | Actor::Debugger => None,
+        };
+        let (mut awaited, mut waited) = (VcpuSet::EMPTY, 0);
         let everyone = self.notify_all.load(Relaxed);
         let mut bracketed = VcpuSet::EMPTY;
         let mut synchronous = VcpuSet::EMPTY;
@@ -469,8 +553,8 @@ impl TraceSystem {
             posts.push((consumers, notification));
         }
         if !bracketed.is_empty() && !self.mutation.write_without_waiting {
-            self.timed(hits, Semantics::Bracketing, bracketed, || {
-                self.hold(bracketed)
+            waited += self.timed(hits, Semantics::Bracketing, bracketed, || {
+                awaited = awaited.union(self.hold(bracketed));
             });
         }
         let post = |before_write: bool| {
@@ -497,8 +581,8 @@ impl TraceSystem {
         }
         if !synchronous.is_empty() {
             // An instruction boundary after the notice is queued is the acknowledgement.
-            self.timed(hits, Semantics::PostWriteSync, synchronous, || {
-                self.hold(synchronous);
+            waited += self.timed(hits, Semantics::PostWriteSync, synchronous, || {
+                awaited = awaited.union(self.hold(synchronous));
                 self.release(synchronous);
             });
         }
@@ -506,19 +590,31 @@ impl TraceSystem {
             for (_, notification) in posts.iter().filter(|(c, _)| c.contains(vcpu)) {
                 self.counters
                     .notified(notification.kind, notification.semantics, vcpu);
-                handler(Notice::Notification(*notification));
+                self.observing
+                    .apply(Some(vcpu), Notice::Notification(*notification), handler);
             }
+        }
+        for (consumers, notification) in &posts {
+            self.observing.record(actor, start, |span| Record::Acted {
+                span,
+                notification: *notification,
+                sense,
+                consumers: *consumers,
+                awaited,
+                waited,
+            });
         }
     }
 
-    /// Runs a wait for acknowledgements and counts it for the kind that asked for it.
+    /// Runs a wait for acknowledgements and counts it for the kind that asked for it. Returns how
+    /// long it took, in nanoseconds.
     fn timed(
         &self,
         hits: &[(Region, Range)],
         semantics: Semantics,
         waited_for: VcpuSet,
         wait: impl FnOnce(),
-    ) {
+    ) -> u64 {
         let start = Instant::now();
         wait();
         let elapsed = u64::try_from(start.elapsed().as_nanos()).unwrap_or(u64::MAX);
@@ -530,6 +626,7 @@ impl TraceSystem {
             self.counters
                 .acknowledged(region.kind, semantics, waited_for.len() as u64);
         }
+        elapsed
     }
 
     /// Runs `perform`, an access to `spans`, while no other VCPU executes a guest instruction.
@@ -544,6 +641,7 @@ impl TraceSystem {
         handler: &mut dyn FnMut(Notice),
         perform: &mut dyn FnMut(),
     ) -> Result<(), Restart> {
+        let start = self.observing.now();
         {
             let _lane = self.enter_lane(Some(vcpu));
             if self.drain_own(Some(vcpu), handler) {
@@ -577,7 +675,8 @@ impl TraceSystem {
                 self.counters.acted(vcpu);
                 // Everyone is stopped already: waiting for consumers costs nothing, and they stay
                 // held until the end.
-                self.notify(Some(vcpu), Actor::Vcpu(vcpu), &hits, handler, perform);
+                let actor = Actor::Vcpu(vcpu);
+                self.notify(actor, Sense::WRITE, &hits, start, handler, perform);
             }
             self.release(others);
         }
