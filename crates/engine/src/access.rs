@@ -155,9 +155,7 @@ impl<'a, E: Environment> Core<'a, E> {
         if self.careful {
             return None;
         }
-        self.tlb
-            .lookup(linear, privilege, access)
-            .map(|entry| entry.addend.wrapping_add(linear) as *mut u8)
+        self.tlb.host(linear, privilege, access == Access::Write)
     }
 
     /// Translates one address: TLB, then the environment.
@@ -167,12 +165,10 @@ impl<'a, E: Environment> Core<'a, E> {
         privilege: Privilege,
         access: Access,
     ) -> Result<Translation, Fault> {
-        if let Some(entry) = self.tlb.lookup(linear, privilege, access) {
-            let host = entry.addend.wrapping_add(linear) as *mut u8;
-            let gpa = entry.gpa | (linear & (PAGE - 1));
+        if let Some(hit) = self.tlb.lookup(linear, privilege, access) {
             return Ok(Translation {
-                gpa,
-                backing: Backing::Ram(host),
+                gpa: hit.gpa,
+                backing: Backing::Ram(hit.host),
             });
         }
         self.env

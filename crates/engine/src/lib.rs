@@ -12,6 +12,8 @@
 pub mod access;
 pub mod decode;
 pub mod env;
+pub mod frame;
+mod jumps;
 pub mod native;
 pub mod step;
 pub mod tlb;

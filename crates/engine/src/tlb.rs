@@ -8,9 +8,11 @@
 use trapline_x86::CpuState;
 use trapline_x86::control::{cr4, rflags};
 
-/// Entries per table; a power of two.
-pub const ENTRIES: usize = 256;
+use crate::frame::{Frame, SLOTS, TLB_TABLES, empty, tlb_hosts, tlb_pages};
+use crate::jumps::Jumps;
+
 const PAGE_SHIFT: u32 = 12;
+const PAGE: u64 = 4096;
 const PAGE_MASK: u64 = !0xfff;
 
 /// What an access does.
@@ -61,32 +63,47 @@ impl Privilege {
     }
 }
 
-/// One translation.
-#[derive(Clone, Copy, Debug, Default)]
-#[repr(C, align(32))]
-pub struct Entry {
-    /// The linear page address with bit 0 set; 0 for an empty entry.
-    pub tag: u64,
-    /// Host address minus linear address, wrapping.
-    pub addend: u64,
-    /// Guest-physical page address.
+/// What a look-up gives.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Hit {
+    /// The host address of the byte asked for.
+    pub host: *mut u8,
+    /// Its guest-physical address.
     pub gpa: u64,
-    /// See [`flags`].
-    pub flags: u64,
 }
 
-/// Bits of [`Entry::flags`].
-pub mod flags {
+/// What is kept beside a slot of the inline tables, in the low bits of the guest-physical page.
+mod mark {
     /// Survives a flush of non-global translations.
     pub const GLOBAL: u64 = 1 << 0;
+    pub const PRESENT: u64 = 1 << 1;
 }
 
-type Table = [Entry; ENTRIES];
+/// One translation for fetches, which generated code does not look up.
+#[derive(Clone, Copy, Default)]
+struct FetchEntry {
+    /// The linear page address with bit 0 set; 0 for an empty entry.
+    tag: u64,
+    host: u64,
+    /// The guest-physical page with its marks.
+    gpa: u64,
+}
 
-/// The translations of one VCPU.
+/// Entries of the fetch table for each privilege; a power of two.
+const FETCH_ENTRIES: usize = 1024;
+/// Slots noted as filled before the list is looked through for those that were emptied meanwhile.
+const MANY_FILLED: usize = 1 << 17;
+
+/// The translations of one VCPU: tables in its [`Frame`], where generated code looks them up, and
+/// what only the filler needs beside them.
 pub struct Tlb {
-    /// Indexed by privilege times 3 plus access.
-    tables: Box<[Table; 9]>,
+    frame: Frame,
+    /// The guest-physical page of each slot with its marks, table after table.
+    gpas: Vec<u64>,
+    /// Slots (table and index) that were filled since they were last all empty.
+    filled: Vec<u32>,
+    fetches: Box<[[FetchEntry; FETCH_ENTRIES]; 3]>,
+    jumps: Jumps,
     /// A splinter of a large page may be present: an INVLPG must then flush everything, since one
     /// page's invalidation covers the whole large page (SDM vol. 3, 4.10.4.1).
     splinters: bool,
@@ -100,7 +117,11 @@ pub struct Tlb {
 impl Default for Tlb {
     fn default() -> Self {
         Self {
-            tables: Box::new([[Entry::default(); ENTRIES]; 9]),
+            frame: Frame::default(),
+            gpas: vec![0; TLB_TABLES * SLOTS],
+            filled: Vec::new(),
+            fetches: Box::new([[FetchEntry::default(); FETCH_ENTRIES]; 3]),
+            jumps: Jumps::default(),
             splinters: false,
             epoch: 1,
             fills: 0,
@@ -108,17 +129,55 @@ impl Default for Tlb {
     }
 }
 
+/// The inline table for data accesses.
+pub fn data_table(privilege: Privilege, write: bool) -> usize {
+    privilege as usize * 2 + usize::from(write)
+}
+
+fn index(linear: u64) -> usize {
+    (linear >> PAGE_SHIFT) as usize & (SLOTS - 1)
+}
+
 impl Tlb {
-    #[inline]
-    fn slot(linear: u64) -> usize {
-        (linear >> PAGE_SHIFT) as usize & (ENTRIES - 1)
+    /// The tables and fields that generated code uses.
+    pub fn frame(&self) -> &Frame {
+        &self.frame
     }
 
-    /// The entry for `linear`, if present.
+    /// As [`Self::frame`], to set fields.
+    pub fn frame_mut(&mut self) -> &mut Frame {
+        &mut self.frame
+    }
+
+    /// The translation of `linear`, if present.
     #[inline]
-    pub fn lookup(&self, linear: u64, privilege: Privilege, access: Access) -> Option<&Entry> {
-        let entry = &self.tables[privilege as usize * 3 + access as usize][Self::slot(linear)];
-        (entry.tag == (linear & PAGE_MASK) | 1).then_some(entry)
+    pub fn lookup(&self, linear: u64, privilege: Privilege, access: Access) -> Option<Hit> {
+        let write = match access {
+            Access::Read => false,
+            Access::Write => true,
+            Access::Fetch => {
+                let entry = &self.fetches[privilege as usize][index(linear) % FETCH_ENTRIES];
+                return (entry.tag == (linear & PAGE_MASK) | 1).then(|| Hit {
+                    host: entry.host.wrapping_add(linear & !PAGE_MASK) as *mut u8,
+                    gpa: entry.gpa & PAGE_MASK | linear & !PAGE_MASK,
+                });
+            }
+        };
+        let (table, slot) = (data_table(privilege, write), index(linear));
+        let offset = linear.wrapping_add(self.frame.slot(tlb_pages(table), slot));
+        (offset < PAGE).then(|| Hit {
+            host: offset.wrapping_add(self.frame.slot(tlb_hosts(table), slot)) as *mut u8,
+            gpa: self.gpas[table * SLOTS + slot] & PAGE_MASK | offset,
+        })
+    }
+
+    /// The host address for a data access, if present.
+    #[inline(always)]
+    pub fn host(&self, linear: u64, privilege: Privilege, write: bool) -> Option<*mut u8> {
+        let (table, slot) = (data_table(privilege, write), index(linear));
+        let offset = linear.wrapping_add(self.frame.slot(tlb_pages(table), slot));
+        (offset < PAGE)
+            .then(|| offset.wrapping_add(self.frame.slot(tlb_hosts(table), slot)) as *mut u8)
     }
 
     /// Adds a translation of the page of `linear` to the page of `gpa`, which the host sees at
@@ -135,14 +194,60 @@ impl Tlb {
         large: bool,
     ) {
         let page = linear & PAGE_MASK;
-        self.tables[privilege as usize * 3 + access as usize][Self::slot(linear)] = Entry {
-            tag: page | 1,
-            addend: (host as u64).wrapping_sub(page),
-            gpa: gpa & PAGE_MASK,
-            flags: if global { flags::GLOBAL } else { 0 },
-        };
+        let marked = gpa & PAGE_MASK | mark::PRESENT | if global { mark::GLOBAL } else { 0 };
         self.splinters |= large;
         self.fills += 1;
+        if access == Access::Fetch {
+            self.fetches[privilege as usize][index(linear) % FETCH_ENTRIES] = FetchEntry {
+                tag: page | 1,
+                host: host as u64,
+                gpa: marked,
+            };
+            return;
+        }
+        let table = data_table(privilege, access == Access::Write);
+        let slot = index(linear);
+        let flat = table * SLOTS + slot;
+        if self.gpas[flat] == 0 {
+            self.filled.push(flat as u32);
+            if self.filled.len() >= MANY_FILLED {
+                self.tidy();
+            }
+        }
+        self.gpas[flat] = marked;
+        self.frame
+            .set_slot(tlb_pages(table), slot, page.wrapping_neg());
+        self.frame.set_slot(tlb_hosts(table), slot, host as u64);
+    }
+
+    /// Forgets slots that are empty again, and those noted twice.
+    fn tidy(&mut self) {
+        self.filled.sort_unstable();
+        self.filled.dedup();
+        self.filled.retain(|&flat| self.gpas[flat as usize] != 0);
+    }
+
+    fn clear_slot(frame: &mut Frame, gpas: &mut [u64], flat: usize) {
+        gpas[flat] = 0;
+        let (table, slot) = (flat / SLOTS, flat % SLOTS);
+        frame.set_slot(tlb_pages(table), slot, empty(slot));
+    }
+
+    /// Empties the slots whose mark is as told; the others stay noted.
+    fn clear_if(&mut self, mut wanted: impl FnMut(usize, u64) -> bool) {
+        let (frame, gpas) = (&mut self.frame, &mut self.gpas);
+        self.filled.retain(|&flat| {
+            let flat = flat as usize;
+            let gpa = gpas[flat];
+            if gpa == 0 {
+                return false;
+            }
+            let clear = wanted(flat / SLOTS, gpa);
+            if clear {
+                Self::clear_slot(frame, gpas, flat);
+            }
+            !clear
+        });
     }
 
     /// A value that changes whenever a fetch translation may have changed.
@@ -158,20 +263,24 @@ impl Tlb {
 
     /// Removes every translation.
     pub fn flush_all(&mut self) {
-        for table in self.tables.iter_mut() {
-            table.fill(Entry::default());
+        self.clear_if(|_, _| true);
+        for table in self.fetches.iter_mut() {
+            table.fill(FetchEntry::default());
         }
+        self.jumps.clear(&mut self.frame);
         self.splinters = false;
         self.epoch += 1;
     }
 
     /// Removes every translation that is not global.
     pub fn flush_non_global(&mut self) {
-        for entry in self.tables.iter_mut().flatten() {
-            if entry.flags & flags::GLOBAL == 0 {
-                *entry = Entry::default();
+        self.clear_if(|_, gpa| gpa & mark::GLOBAL == 0);
+        for entry in self.fetches.iter_mut().flatten() {
+            if entry.gpa & mark::GLOBAL == 0 {
+                *entry = FetchEntry::default();
             }
         }
+        self.jumps.clear_non_global(&mut self.frame);
         self.epoch += 1;
     }
 
@@ -180,13 +289,21 @@ impl Tlb {
         if self.splinters {
             return self.flush_all();
         }
-        let tag = (linear & PAGE_MASK) | 1;
-        for table in self.tables.iter_mut() {
-            let entry = &mut table[Self::slot(linear)];
-            if entry.tag == tag {
-                *entry = Entry::default();
+        let slot = index(linear);
+        for table in 0..TLB_TABLES {
+            let offset = linear.wrapping_add(self.frame.slot(tlb_pages(table), slot));
+            if offset < PAGE {
+                Self::clear_slot(&mut self.frame, &mut self.gpas, table * SLOTS + slot);
             }
         }
+        let tag = (linear & PAGE_MASK) | 1;
+        for table in self.fetches.iter_mut() {
+            let entry = &mut table[slot % FETCH_ENTRIES];
+            if entry.tag == tag {
+                *entry = FetchEntry::default();
+            }
+        }
+        self.jumps.clear_page(&mut self.frame, linear & PAGE_MASK);
         self.epoch += 1;
     }
 
@@ -194,13 +311,32 @@ impl Tlb {
     /// accesses are sensed.
     pub fn revoke(&mut self, gpa: u64, access: Access) {
         let page = gpa & PAGE_MASK;
-        for privilege in 0..3 {
-            for entry in &mut self.tables[privilege * 3 + access as usize] {
-                if entry.tag != 0 && entry.gpa == page {
-                    *entry = Entry::default();
-                }
-            }
-        }
+        let write = match access {
+            Access::Read => 0,
+            Access::Write => 1,
+            Access::Fetch => return,
+        };
+        self.clear_if(|table, gpa| table % 2 == write && gpa & PAGE_MASK == page);
+    }
+
+    /// Lets generated code that runs with `privilege` jump from the linear address `target` to
+    /// `host` without asking, until the translation of the target's page may have changed. Call
+    /// after a fetch from there was translated.
+    pub fn insert_jump(&mut self, privilege: Privilege, target: u64, host: u64) {
+        let entry = &self.fetches[privilege as usize][index(target) % FETCH_ENTRIES];
+        let global = entry.tag == (target & PAGE_MASK) | 1 && entry.gpa & mark::GLOBAL != 0;
+        self.jumps
+            .insert(&mut self.frame, privilege as usize, target, host, global);
+    }
+
+    /// Removes the jumps to `target`.
+    pub fn remove_jump(&mut self, target: u64) {
+        self.jumps.remove(&mut self.frame, target);
+    }
+
+    /// Removes every jump: what generated code is chosen by has changed, or all of it goes.
+    pub fn remove_jumps(&mut self) {
+        self.jumps.clear(&mut self.frame);
     }
 }
 
@@ -231,7 +367,7 @@ mod tests {
     fn a_hit_gives_the_host_address() {
         let tlb = tlb_with(0x7000, 0x3000, false, false);
         let entry = tlb.lookup(0x7123, Privilege::User, Access::Write).unwrap();
-        assert_eq!(entry.addend.wrapping_add(0x7123), 0x10_0123);
+        assert_eq!((entry.host as u64, entry.gpa), (0x10_0123, 0x3123));
         assert!(tlb.lookup(0x7123, Privilege::User, Access::Read).is_none());
         assert!(
             tlb.lookup(0x7123, Privilege::Supervisor, Access::Write)

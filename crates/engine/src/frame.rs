@@ -1,0 +1,224 @@
+//! The memory that generated code addresses by displacements from its stack pointer: what it needs
+//! of one VCPU's state, the look-up tables of its TLB and of its jumps.
+//!
+//! The layout is a contract among the emitters ([`crate::translate`]), the TLB ([`crate::tlb`])
+//! and whoever calls generated code. While generated code runs, the host's RSP is
+//! [`Frame::stack_pointer`]: fields lie above it, a stack for calls and signals below it.
+//!
+//! RSP's low six bits are 12 then, so that a shift by RSP (SHRX takes its count from a register,
+//! modulo 64) gives an address's page number without touching a flag.
+#![allow(unsafe_code)]
+
+use std::ptr::NonNull;
+
+use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous, munmap};
+
+/// Bytes below the stack pointer: for a return address and for signal frames.
+const STACK_BYTES: usize = 256 << 10;
+/// From the stack pointer to the first field.
+pub const SKEW: i32 = 52;
+
+/// Slots of each look-up table: a 16-bit index takes no masking.
+pub const SLOTS: usize = 1 << 16;
+const TABLE_BYTES: usize = SLOTS * 8;
+/// Data tables of the TLB: three privileges, reads and writes.
+pub const TLB_TABLES: usize = 6;
+/// Jump tables: one for each privilege.
+pub const JUMP_TABLES: usize = 3;
+
+/// Offsets of the fields in bytes from the first one.
+pub mod field {
+    /// The general-purpose registers, in the order of their encoding.
+    pub const GPR: i32 = 0;
+    /// RIP where generated code leaves.
+    pub const RIP: i32 = 128;
+    /// The status flags: OF in the low byte (0 or 1), the others as LAHF gives them in the high.
+    pub const FLAGS: i32 = 136;
+    /// The same, while a look-up needs the flags for itself.
+    pub const KEPT_FLAGS: i32 = 138;
+    /// Pointer to the VCPU's attention word.
+    pub const ATTENTION: i32 = 144;
+    /// The host's stack pointer outside generated code.
+    pub const HOST_STACK: i32 = 152;
+    /// Pointer to the vector state in the VCPU's registers.
+    pub const VECTOR: i32 = 160;
+    /// What the helpers work on.
+    pub const CONTEXT: i32 = 168;
+    /// The helper for a look-up that missed.
+    pub const MISS: i32 = 176;
+    /// The helper that executes one instruction.
+    pub const ASSIST: i32 = 184;
+    /// 0 while the guest's vector registers are in the host's.
+    pub const VECTORS_AWAY: i32 = 192;
+    /// The upper halves of the vector registers are all zero in memory.
+    pub const UPPERS_CLEAR: i32 = 196;
+    /// The site by which generated code left.
+    pub const EXIT: i32 = 200;
+    /// The host's MXCSR.
+    pub const HOST_MXCSR: i32 = 208;
+    /// Where a helper goes back to; where a host fault happened.
+    pub const RETURN: i32 = 216;
+    /// The bases of FS and GS.
+    pub const FS_BASE: i32 = 224;
+    pub const GS_BASE: i32 = 232;
+    /// The target of an indirect call while its return address is pushed.
+    pub const TARGET: i32 = 240;
+    /// Scratch.
+    pub const SPILL: i32 = 248;
+    /// The tables begin.
+    pub const TABLES: i32 = 4096;
+}
+
+/// Offset of a TLB table's page addresses, negated; a zero slot is empty (but for slot 0, see
+/// [`empty`]).
+pub const fn tlb_pages(table: usize) -> i32 {
+    field::TABLES + (2 * table * TABLE_BYTES) as i32
+}
+/// Offset of a TLB table's host pages.
+pub const fn tlb_hosts(table: usize) -> i32 {
+    tlb_pages(table) + TABLE_BYTES as i32
+}
+/// Offset of a jump table's targets, negated.
+pub const fn jump_targets(table: usize) -> i32 {
+    field::TABLES + ((2 * TLB_TABLES + 2 * table) * TABLE_BYTES) as i32
+}
+/// Offset of a jump table's host addresses.
+pub const fn jump_hosts(table: usize) -> i32 {
+    jump_targets(table) + TABLE_BYTES as i32
+}
+
+const FIELD_BYTES: usize =
+    field::TABLES as usize + (2 * TLB_TABLES + 2 * JUMP_TABLES) * TABLE_BYTES;
+const BYTES: usize = STACK_BYTES + FIELD_BYTES;
+
+/// What an empty slot holds: no address with this index gives an offset below 4096 when it is
+/// added. Fresh memory is right for all but the first.
+pub const fn empty(slot: usize) -> u64 {
+    if slot == 0 { 4096 } else { 0 }
+}
+
+/// One VCPU's frame.
+pub struct Frame {
+    memory: NonNull<u8>,
+}
+
+// SAFETY: the mapping belongs to this value alone and is not bound to a thread.
+unsafe impl Send for Frame {}
+
+impl Default for Frame {
+    /// # Panics
+    /// The host refuses the address space (some megabytes, of which only what is used costs memory).
+    fn default() -> Self {
+        // SAFETY: a new mapping at an address that the kernel chooses.
+        let memory = unsafe {
+            mmap_anonymous(
+                std::ptr::null_mut(),
+                BYTES,
+                ProtFlags::READ | ProtFlags::WRITE,
+                MapFlags::PRIVATE | MapFlags::NORESERVE,
+            )
+        };
+        let memory = memory
+            .ok()
+            .and_then(|p| NonNull::new(p.cast::<u8>()))
+            .unwrap_or_else(|| panic!("the host refused {BYTES} bytes of address space"));
+        let mut frame = Self { memory };
+        for table in 0..TLB_TABLES {
+            frame.set(tlb_pages(table), empty(0));
+        }
+        for table in 0..JUMP_TABLES {
+            frame.set(jump_targets(table), empty(0));
+        }
+        frame
+    }
+}
+
+impl Drop for Frame {
+    fn drop(&mut self) {
+        // SAFETY: the mapping made above; the call cannot fail for it.
+        let _ = unsafe { munmap(self.memory.as_ptr().cast(), BYTES) };
+    }
+}
+
+impl Frame {
+    fn fields(&self) -> *mut u8 {
+        // SAFETY: within the mapping.
+        unsafe { self.memory.as_ptr().add(STACK_BYTES) }
+    }
+
+    /// RSP in generated code.
+    pub fn stack_pointer(&self) -> u64 {
+        self.fields() as u64 - SKEW as u64
+    }
+
+    #[inline(always)]
+    fn place(&self, offset: i32) -> *mut u64 {
+        let offset = (offset as usize).min(FIELD_BYTES - 8) & !7;
+        // SAFETY: within the mapping.
+        unsafe { self.fields().add(offset).cast() }
+    }
+
+    /// The field (eight bytes) at an offset.
+    #[inline(always)]
+    pub fn get(&self, offset: i32) -> u64 {
+        // SAFETY: within the mapping and aligned; only this VCPU's thread uses it.
+        unsafe { self.place(offset).read() }
+    }
+
+    /// Sets the field (eight bytes) at an offset.
+    #[inline(always)]
+    pub fn set(&mut self, offset: i32, value: u64) {
+        // SAFETY: as in `get`.
+        unsafe { self.place(offset).write(value) }
+    }
+
+    /// A slot of the table at an offset.
+    #[inline(always)]
+    pub fn slot(&self, table: i32, slot: usize) -> u64 {
+        self.get(table + ((slot & (SLOTS - 1)) * 8) as i32)
+    }
+
+    /// Sets a slot of the table at an offset.
+    #[inline(always)]
+    pub fn set_slot(&mut self, table: i32, slot: usize, value: u64) {
+        self.set(table + ((slot & (SLOTS - 1)) * 8) as i32, value);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shifting_by_the_stack_pointer_gives_pages() {
+        assert_eq!(Frame::default().stack_pointer() % 64, 12);
+    }
+
+    #[test]
+    fn an_empty_slot_matches_no_address() {
+        let frame = Frame::default();
+        for address in [
+            0u64,
+            0xfff,
+            0x1000,
+            0xffff_ffff_ffff_ffff,
+            0xffff_ffff_ffff_f000,
+            0xffff_ffff_f000_0000,
+            0x1000_0000,
+            0x1000_1000,
+        ] {
+            let slot = (address >> 12) as usize & (SLOTS - 1);
+            for table in 0..TLB_TABLES {
+                let offset = address.wrapping_add(frame.slot(tlb_pages(table), slot));
+                assert!(offset >= 4096, "{address:#x}");
+            }
+        }
+    }
+
+    #[test]
+    fn tables_do_not_overlap() {
+        let last = jump_hosts(JUMP_TABLES - 1) as usize + TABLE_BYTES;
+        assert_eq!(last, FIELD_BYTES);
+        assert_eq!(jump_targets(0), tlb_hosts(TLB_TABLES - 1) + TABLE_BYTES as i32);
+    }
+}

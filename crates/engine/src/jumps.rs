@@ -1,0 +1,127 @@
+//! The jump tables of one VCPU: from a linear address to the generated code that stands for it.
+//!
+//! An entry is right as long as the translation of its page is, so it goes with the page's
+//! translation. Entries of global pages survive a change of the address space.
+
+use std::collections::HashMap;
+
+use crate::frame::{Frame, JUMP_TABLES, SLOTS, empty, jump_hosts, jump_targets};
+
+const PAGE_MASK: u64 = !0xfff;
+/// Entries noted before all are dropped: bounds what a guest can make the list grow to.
+const MANY: usize = 1 << 17;
+
+/// The entries of one linear page.
+#[derive(Default)]
+struct Page {
+    /// Table and slot.
+    entries: Vec<(u8, u16)>,
+    global: bool,
+}
+
+/// What was entered, by linear page.
+#[derive(Default)]
+pub(crate) struct Jumps {
+    pages: HashMap<u64, Page>,
+    count: usize,
+}
+
+fn slot(target: u64) -> usize {
+    target as usize & (SLOTS - 1)
+}
+
+fn clear(frame: &mut Frame, page: &Page) {
+    for &(table, slot) in &page.entries {
+        let (table, slot) = (usize::from(table), usize::from(slot));
+        frame.set_slot(jump_targets(table), slot, empty(slot));
+    }
+}
+
+impl Jumps {
+    pub fn insert(
+        &mut self,
+        frame: &mut Frame,
+        table: usize,
+        target: u64,
+        host: u64,
+        global: bool,
+    ) {
+        if self.count >= MANY {
+            self.clear(frame);
+        }
+        let page = self.pages.entry(target & PAGE_MASK).or_default();
+        // Mixed marks: the stricter one.
+        page.global = global && (page.global || page.entries.is_empty());
+        page.entries.push((table as u8, slot(target) as u16));
+        self.count += 1;
+        frame.set_slot(jump_targets(table), slot(target), target.wrapping_neg());
+        frame.set_slot(jump_hosts(table), slot(target), host);
+    }
+
+    pub fn remove(&mut self, frame: &mut Frame, target: u64) {
+        for table in 0..JUMP_TABLES {
+            if frame.slot(jump_targets(table), slot(target)) == target.wrapping_neg() {
+                frame.set_slot(jump_targets(table), slot(target), empty(slot(target)));
+            }
+        }
+    }
+
+    pub fn clear(&mut self, frame: &mut Frame) {
+        for (_, page) in self.pages.drain() {
+            clear(frame, &page);
+        }
+        self.count = 0;
+    }
+
+    pub fn clear_non_global(&mut self, frame: &mut Frame) {
+        let count = &mut self.count;
+        self.pages.retain(|_, page| {
+            if !page.global {
+                *count -= page.entries.len();
+                clear(frame, page);
+            }
+            page.global
+        });
+    }
+
+    pub fn clear_page(&mut self, frame: &mut Frame, page: u64) {
+        if let Some(page) = self.pages.remove(&page) {
+            self.count -= page.entries.len();
+            clear(frame, &page);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn found(frame: &Frame, table: usize, target: u64) -> bool {
+        target.wrapping_add(frame.slot(jump_targets(table), slot(target))) == 0
+    }
+
+    #[test]
+    fn entries_go_with_their_page() {
+        let (mut frame, mut jumps) = (Frame::default(), Jumps::default());
+        jumps.insert(&mut frame, 0, 0x1234, 1, true);
+        jumps.insert(&mut frame, 2, 0x5678, 2, false);
+        jumps.insert(&mut frame, 2, 0x5abc, 2, false);
+        assert!(found(&frame, 0, 0x1234) && found(&frame, 2, 0x5678));
+        assert!(!found(&frame, 1, 0x1234) && !found(&frame, 0, 0x1_1234));
+        jumps.clear_non_global(&mut frame);
+        assert!(found(&frame, 0, 0x1234) && !found(&frame, 2, 0x5678));
+        jumps.clear_page(&mut frame, 0x1000);
+        assert!(!found(&frame, 0, 0x1234));
+        assert_eq!(jumps.count, 0);
+    }
+
+    #[test]
+    fn slot_zero_is_never_found_empty() {
+        let (mut frame, mut jumps) = (Frame::default(), Jumps::default());
+        assert!(!found(&frame, 0, 0));
+        jumps.insert(&mut frame, 0, 0, 1, false);
+        assert!(found(&frame, 0, 0));
+        jumps.remove(&mut frame, 0);
+        assert!(!found(&frame, 0, 0));
+    }
+}
