@@ -7,7 +7,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use tracing_subscriber::filter::Targets;
 use trapline_machine::MachineConfig;
 use trapline_machine::config::{
-    ConfigError, EngineKind, MAX_VCPUS, SerialMode, TraceNotify, validate_memory,
+    ConfigError, Device, EngineKind, MAX_VCPUS, SerialMode, TraceNotify, validate_memory,
 };
 use trapline_machine::gdb::GdbAddress;
 
@@ -99,6 +99,10 @@ pub struct RunArguments {
     #[arg(long, value_enum, default_value_t = Notify::Consumers)]
     pub trace_notify: Notify,
 
+    /// Add a device to the machine; may be given for several
+    #[arg(long = "device", value_enum, value_name = "DEVICE")]
+    pub devices: Vec<ExtraDevice>,
+
     /// Let gdb connect here ("target remote ADDRESS:PORT"); the guest stops when it does
     #[arg(long, value_name = "[ADDRESS:]PORT")]
     pub gdb: Option<GdbAddress>,
@@ -138,6 +142,12 @@ pub enum Notify {
     All,
 }
 
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum ExtraDevice {
+    /// A test device that copies guest memory by DMA
+    DmaProbe,
+}
+
 impl RunArguments {
     /// The machine they describe.
     pub fn config(&self) -> MachineConfig {
@@ -159,6 +169,11 @@ impl RunArguments {
                 Notify::Consumers => TraceNotify::Consumers,
                 Notify::All => TraceNotify::All,
             },
+            devices: self
+                .devices
+                .iter()
+                .map(|ExtraDevice::DmaProbe| Device::DmaProbe)
+                .collect(),
             gdb: self.gdb.clone(),
         }
     }
@@ -244,6 +259,7 @@ mod tests {
             "--serial=file=a=b",
             "--engine=step",
             "--trace-notify=all",
+            "--device=dma-probe",
             "--gdb=1234",
             "--timeout=1.5",
             "--stats=s",
@@ -261,6 +277,7 @@ mod tests {
             timeout: Some(Duration::from_millis(1500)),
             stats: Some("s".into()),
             trace_notify: TraceNotify::All,
+            devices: vec![Device::DmaProbe],
             gdb: Some("127.0.0.1:1234".parse().unwrap()),
         };
         assert_eq!(config.unwrap(), expected);
@@ -287,6 +304,7 @@ mod tests {
             ("--timeout=nan", "positive"),
             ("--timeout=1e300", "positive"),
             ("--engine=fast", "translate"),
+            ("--device=disk", "dma-probe"),
             ("--log=a=b=c", "level"),
         ] {
             let error = parse(&[option]).expect_err(option);

@@ -57,10 +57,14 @@ fn texts(output: &Output) -> (String, String) {
 
 /// Runs a guest that checks itself; all its checks must pass, and it must have made some.
 fn passes(guest: &str, vcpus: u32) {
-    let output = run(
-        guest,
-        &["--timeout", "120", "--cpus", &format!("boot={vcpus}")],
-    );
+    passes_with(guest, vcpus, &[]);
+}
+
+/// As [`passes`], with further options.
+fn passes_with(guest: &str, vcpus: u32, options: &[&str]) {
+    let cpus = format!("boot={vcpus}");
+    let options = [&["--timeout", "120", "--cpus", &cpus], options].concat();
+    let output = run(guest, &options);
     let (out, err) = texts(&output);
     let context = || format!("{guest} with {vcpus} VCPUs:\n{out}{err}");
     assert_eq!(output.status.code(), Some(PASS), "{}", context());
@@ -103,6 +107,13 @@ guests! {
     cross_mod_of_3: "cross_mod", 3;
     cross_mod_of_4: "cross_mod", 4;
     cross_mod_of_8: "cross_mod", 8;
+}
+
+#[test]
+fn a_device_writes_by_dma() {
+    for vcpus in [1, 3] {
+        passes_with("dma", vcpus, &["--device", "dma-probe"]);
+    }
 }
 
 #[test]

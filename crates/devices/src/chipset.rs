@@ -10,6 +10,8 @@ use crate::acpi_pm::PowerManagement;
 use crate::clock::TimeSource;
 use crate::cmos::Cmos;
 use crate::debug_exit::{DebugConsole, DebugExit};
+use crate::dma::{DmaPort, DmaThread};
+use crate::dma_probe::{self, DmaProbe};
 use crate::events::SystemEvents;
 use crate::io_apic::{self, IoApic};
 use crate::lines::InterruptLines;
@@ -36,6 +38,8 @@ pub struct ChipsetConfig {
     /// Bytes of memory below and above 4 GiB.
     pub memory_below_4g: u64,
     pub memory_above_4g: u64,
+    /// Whether there is the test device of [`crate::dma_probe`].
+    pub dma_probe: bool,
 }
 
 /// The board.
@@ -51,6 +55,7 @@ pub struct Chipset {
     power: Arc<PowerManagement>,
     keyboard: Arc<KeyboardController>,
     reset_control: Arc<ResetControl>,
+    dma_probe: Option<Arc<DmaProbe>>,
 }
 
 impl Chipset {
@@ -69,6 +74,7 @@ impl Chipset {
             debug_console,
             memory_below_4g,
             memory_above_4g,
+            dma_probe,
         } = config;
         let timers = Timers::new(Arc::clone(&time));
         let apics = LocalApics::new(&signals, &timers, tsc_frequency);
@@ -89,6 +95,7 @@ impl Chipset {
             ports: Arc::default(),
             mmio: Arc::default(),
             pit: Pit::new(&timers, lines.clone()),
+            dma_probe: dma_probe.then(|| DmaProbe::new(lines.clone())),
             serial: SerialLine::new(serial_output, lines.clone()),
             power: Arc::new(PowerManagement::new(time, lines, Arc::clone(&events))),
             keyboard: Arc::new(KeyboardController::new(Arc::clone(&events))),
@@ -132,6 +139,13 @@ impl Chipset {
             io_apic::BASE..io_apic::BASE + io_apic::LENGTH,
             Arc::clone(&self.io_apic) as _,
         )?;
+        if let Some(probe) = &self.dma_probe {
+            mmio.register(
+                "DMA probe",
+                dma_probe::BASE..dma_probe::BASE + dma_probe::LENGTH,
+                Arc::clone(probe) as _,
+            )?;
+        }
         self.ports = Arc::new(ports);
         self.mmio = Arc::new(mmio);
         Ok(())
@@ -150,6 +164,15 @@ impl Chipset {
     /// When the host has no thread to give.
     pub fn spawn_timers(&self) -> io::Result<TimerThread> {
         self.timers.spawn()
+    }
+
+    /// Starts the threads of the devices that perform DMA. They end when the handles drop.
+    ///
+    /// # Errors
+    /// When the host has no thread to give.
+    pub fn spawn_dma(&self, port: &DmaPort) -> io::Result<Vec<DmaThread>> {
+        let probe = self.dma_probe.iter();
+        probe.map(|probe| probe.spawn(port.clone())).collect()
     }
 
     #[must_use]
@@ -195,6 +218,9 @@ impl Chipset {
         self.power.reset();
         self.keyboard.reset();
         self.reset_control.reset();
+        if let Some(probe) = &self.dma_probe {
+            probe.reset();
+        }
         self.firmware();
     }
 }
@@ -225,6 +251,7 @@ mod tests {
             debug_console: Some(Box::new(io::sink())),
             memory_below_4g: 1 << 30,
             memory_above_4g: 0,
+            dma_probe: false,
         });
         (Arc::new(chipset.unwrap()), log)
     }

@@ -5,7 +5,8 @@
 //! Every device locks itself; callers come from any thread without a lock of this crate. While
 //! holding its lock a device may call only downward in this list:
 //!
-//! 1. serial line, PIT, CMOS clock, power management (call the interrupt lines and their timer)
+//! 1. serial line, PIT, CMOS clock, power management, DMA probe (call the interrupt lines and their
+//!    timer)
 //! 2. [`pic::Pic`] and [`io_apic::IoApic`], never one while holding the other (call local APICs)
 //! 3. local APICs: requests, LINT pins and registers are atomics and lock nothing; only the local
 //!    timer has a lock, under which it posts to its own APIC
@@ -16,6 +17,9 @@
 //! The three ways up hold nothing: an EOI goes from a local APIC to the I/O APIC, the
 //! acknowledgement of an external interrupt goes to the PIC, and the timer service calls its
 //! targets, each without any lock. [`events::SystemEvents`] is called without a device's lock.
+//!
+//! DMA may wait for every VCPU, so it has a thread of its own and happens without any lock: see
+//! [`dma`].
 
 pub mod acpi;
 pub mod acpi_pm;
@@ -25,6 +29,8 @@ pub mod chipset;
 pub mod clock;
 pub mod cmos;
 pub mod debug_exit;
+pub mod dma;
+pub mod dma_probe;
 pub mod events;
 pub mod io_apic;
 pub mod lines;

@@ -52,6 +52,13 @@ pub enum TraceNotify {
     All,
 }
 
+/// A device that a machine has only when asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Device {
+    /// [`trapline_devices::dma_probe`].
+    DmaProbe,
+}
+
 /// A machine to build. [`MachineConfig::validate`] tells whether it can be.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MachineConfig {
@@ -72,6 +79,8 @@ pub struct MachineConfig {
     /// Where the statistics are written at exit, as one JSON object.
     pub stats: Option<PathBuf>,
     pub trace_notify: TraceNotify,
+    /// Devices beside those that every machine has; naming one twice is no different.
+    pub devices: Vec<Device>,
     /// Where a gdb stub listens.
     pub gdb: Option<GdbAddress>,
 }
@@ -109,6 +118,7 @@ impl MachineConfig {
             timeout: None,
             stats: None,
             trace_notify: TraceNotify::default(),
+            devices: Vec::new(),
             gdb: None,
         }
     }

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use trapline_devices::acpi::{TablesConfig, build_tables};
 use trapline_devices::chipset::{Chipset, ChipsetConfig};
 use trapline_devices::clock::HostClock;
+use trapline_devices::dma::DmaPort;
 use trapline_devices::serial::SerialInput;
 use trapline_memory::GuestMemory;
 use trapline_monitor::clock::host_tsc;
@@ -21,7 +22,7 @@ use trapline_x86::CpuState;
 use trapline_x86::cpuid::{CpuidConfig, CpuidModel};
 use vm_memory::{Bytes, GuestAddress};
 
-use crate::config::{EngineKind, MachineConfig, TraceNotify};
+use crate::config::{Device, EngineKind, MachineConfig, TraceNotify};
 use crate::console::Console;
 use crate::ending::{End, Ending};
 use crate::gdb::{Debugger, GdbServer};
@@ -147,6 +148,7 @@ impl Machine {
             debug_console: None,
             memory_below_4g: config.memory_bytes.min(LOW_RAM_END),
             memory_above_4g: config.memory_bytes.saturating_sub(LOW_RAM_END),
+            dma_probe: config.devices.contains(&Device::DmaProbe),
         })
         .map_err(internal)?;
         for (cookie, region) in chipset.mmio().regions() {
@@ -235,6 +237,11 @@ impl Machine {
             chipset: Arc::clone(&self.chipset),
         });
         let timers = self.chipset.spawn_timers().map_err(no_thread)?;
+        let port = DmaPort {
+            memory: Arc::clone(&self.memory),
+            trace: Arc::clone(&self.trace),
+        };
+        let transfers = self.chipset.spawn_dma(&port).map_err(no_thread)?;
         let ending = Arc::clone(&self.ending);
         stop.on_request(move |reason| ending.announce(End::Stopped(reason)));
         let debugger = Debugger::new(
@@ -276,7 +283,7 @@ impl Machine {
         if let Some(server) = server {
             let _ = server.join();
         }
-        drop(timers);
+        drop((timers, transfers));
         Ok(end)
     }
 }

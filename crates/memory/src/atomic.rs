@@ -18,6 +18,13 @@ impl HostBytes {
         Some(unsafe { AtomicU64::from_ptr(self.0.cast()) })
     }
 
+    /// Stores an aligned 64-bit word at once; whether the pointer is aligned.
+    pub fn store64(&self, value: u64) -> bool {
+        self.word64()
+            .inspect(|word| word.store(value, Ordering::SeqCst))
+            .is_some()
+    }
+
     /// The aligned 32-bit word here; `None` if the pointer is not aligned.
     pub fn word32(&self) -> Option<&AtomicU32> {
         if !self.0.cast::<u32>().is_aligned() {

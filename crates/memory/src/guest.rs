@@ -28,6 +28,11 @@ pub enum MemoryError {
     Refused { bytes: u64, source: io::Error },
 }
 
+/// Bytes from `gpa` to the end of its page.
+fn room(gpa: u64) -> usize {
+    (PAGE - (gpa & (PAGE - 1))) as usize
+}
+
 struct Piece {
     start: u64,
     bytes: u64,
@@ -147,23 +152,69 @@ impl GuestMemory {
         self.mapped.read_slice(data, GuestAddress(gpa)).is_ok()
     }
 
+    /// Reads bytes for anyone who is no VCPU, as an event of the read traces that it hits. Whether
+    /// all of them are RAM.
+    pub fn read_sensed(
+        &self,
+        trace: &TraceSystem,
+        actor: Actor,
+        gpa: u64,
+        data: &mut [u8],
+    ) -> bool {
+        let mut good = true;
+        let mut at = 0;
+        while at < data.len() {
+            let here = gpa.wrapping_add(at as u64);
+            let len = room(here).min(data.len() - at);
+            let part = &mut data[at..at + len];
+            let range = Range::new(here, here.saturating_add(len as u64));
+            let _ = trace.access(actor, &[range], Sense::READ, &mut |_| {}, &mut || {
+                good &= self.read(here, part);
+            });
+            at += len;
+        }
+        good
+    }
+
     /// Writes bytes for anyone who is no VCPU (a device by DMA, a debugger): sensed and notified
-    /// like any other write. Whether all of them are RAM.
+    /// like any other write, one event per page. Whether all of them are RAM. Words of eight bytes
+    /// at addresses that eight divides are written whole.
+    ///
+    /// Called on a thread that is no VCPU's, without a lock that a running VCPU may wait for: it
+    /// may wait for all VCPUs.
     pub fn write(&self, trace: &TraceSystem, actor: Actor, gpa: u64, data: &[u8]) -> bool {
         let mut good = true;
         let mut at = 0;
         while at < data.len() {
             let here = gpa.wrapping_add(at as u64);
-            let room = (PAGE - (here & (PAGE - 1))) as usize;
-            let part = &data[at..data.len().min(at + room)];
+            let part = &data[at..data.len().min(at + room(here))];
             let range = Range::new(here, here.saturating_add(part.len() as u64));
             // A writer that is no VCPU has nothing to start again.
             let _ = trace.access(actor, &[range], Sense::WRITE, &mut |_| {}, &mut || {
-                good &= self.mapped.write_slice(part, GuestAddress(here)).is_ok();
+                good &= self.write_page(here, part);
             });
             at += part.len();
         }
         good
+    }
+
+    /// Writes bytes within one page; whether it is RAM.
+    fn write_page(&self, gpa: u64, data: &[u8]) -> bool {
+        if self.host_address(gpa).is_none() {
+            return false;
+        }
+        let edge = |at: usize| GuestAddress(gpa + at as u64);
+        let head = data.len().min(gpa.wrapping_neg() as usize & 7);
+        let mut good = self.mapped.write_slice(&data[..head], edge(0)).is_ok();
+        let words = data[head..].chunks_exact(8);
+        let (rest, mut at) = (words.remainder(), head);
+        for word in words {
+            let value = word.iter().rev().fold(0, |sum, &b| sum << 8 | u64::from(b));
+            let host = self.word(gpa + at as u64, 8);
+            good &= host.is_some_and(|host| host.store64(value));
+            at += 8;
+        }
+        good & self.mapped.write_slice(rest, edge(at)).is_ok()
     }
 
     /// Takes direct access to the page of `gpa` for a VCPU, before it makes a translation that
@@ -245,5 +296,26 @@ mod tests {
         assert!(memory.write(&trace, Actor::Device, 0xfff, &[1; 0x102]));
         assert_eq!(trace.attention(vcpu).take(u32::MAX), TRACE);
         assert!(!memory.write(&trace, Actor::Device, 4 * PAGE, &[1]));
+    }
+
+    #[test]
+    fn a_write_has_head_words_and_rest() {
+        let memory = Arc::new(GuestMemory::new(4 * PAGE).unwrap());
+        let trace = TraceSystem::new(1, memory.clone());
+        for start in 0..17 {
+            for len in 0..40 {
+                let data: Vec<u8> = (1..=len).collect();
+                let at = PAGE - 20 + start;
+                assert!(memory.write(&trace, Actor::Device, at - 8, &[0xff; 64]));
+                assert!(memory.write(&trace, Actor::Device, at, &data));
+                let mut seen = [0; 64];
+                assert!(memory.read_sensed(&trace, Actor::Device, at - 8, &mut seen));
+                assert_eq!(seen[8..][..data.len()], data);
+                assert!(seen[..8].iter().all(|b| *b == 0xff));
+                assert!(seen[8 + data.len()..].iter().all(|b| *b == 0xff));
+            }
+        }
+        assert!(!memory.write(&trace, Actor::Device, u64::MAX - 3, &[1; 4]));
+        assert!(!memory.read_sensed(&trace, Actor::Device, u64::MAX - 3, &mut [0; 4]));
     }
 }
