@@ -10,6 +10,7 @@ use trapline_machine::config::{
     ConfigError, Device, EngineKind, MAX_VCPUS, SerialMode, TraceNotify, validate_memory,
 };
 use trapline_machine::gdb::GdbAddress;
+use trapline_machine::semantics::{NoticeDelays, TraceSemantics};
 
 use crate::keyed;
 
@@ -103,6 +104,18 @@ pub struct RunArguments {
     #[arg(long = "device", value_enum, value_name = "DEVICE")]
     pub devices: Vec<ExtraDevice>,
 
+    /// In which order trace events and notifications happen, by kind of trace
+    ///
+    /// Kinds: code, mmu, descriptor, share, watch, or all. Semantics: bracketing,
+    /// post-write-sync, post-write-async, pre-write-value.
+    /// Example: --trace-semantics code=bracketing,mmu=post-write-async
+    #[arg(long, value_name = "KIND=SEMANTICS,…")]
+    pub trace_semantics: Option<TraceSemantics>,
+
+    /// Let notifications of a kind take this many microseconds to reach their consumers
+    #[arg(long, value_name = "KIND=MICROSECONDS,…", hide = true)]
+    pub debug_notice_delay: Option<NoticeDelays>,
+
     /// Let gdb connect here ("target remote ADDRESS:PORT"); the guest stops when it does
     #[arg(long, value_name = "[ADDRESS:]PORT")]
     pub gdb: Option<GdbAddress>,
@@ -174,6 +187,8 @@ impl RunArguments {
                 .iter()
                 .map(|ExtraDevice::DmaProbe| Device::DmaProbe)
                 .collect(),
+            trace_semantics: self.trace_semantics.clone().unwrap_or_default(),
+            notice_delays: self.debug_notice_delay.clone().unwrap_or_default(),
             gdb: self.gdb.clone(),
         }
     }
@@ -260,6 +275,8 @@ mod tests {
             "--engine=step",
             "--trace-notify=all",
             "--device=dma-probe",
+            "--trace-semantics=code=post-write-sync",
+            "--debug-notice-delay=code=7",
             "--gdb=1234",
             "--timeout=1.5",
             "--stats=s",
@@ -278,6 +295,8 @@ mod tests {
             stats: Some("s".into()),
             trace_notify: TraceNotify::All,
             devices: vec![Device::DmaProbe],
+            trace_semantics: "code=post-write-sync".parse().unwrap(),
+            notice_delays: "code=7".parse().unwrap(),
             gdb: Some("127.0.0.1:1234".parse().unwrap()),
         };
         assert_eq!(config.unwrap(), expected);
@@ -306,6 +325,10 @@ mod tests {
             ("--engine=fast", "translate"),
             ("--device=disk", "dma-probe"),
             ("--log=a=b=c", "level"),
+            ("--trace-semantics=code", "'code'"),
+            ("--trace-semantics=code=strict", "'strict'"),
+            ("--trace-semantics=device=bracketing", "'device'"),
+            ("--debug-notice-delay=code=x", "microseconds"),
         ] {
             let error = parse(&[option]).expect_err(option);
             assert!(error.contains(hint), "{option}: {error}");

@@ -109,6 +109,42 @@ guests! {
     cross_mod_of_8: "cross_mod", 8;
 }
 
+/// What `cross_mod` says with these semantics of kind `code` and notifications that take a while.
+fn cross_mod_weakened(semantics: &str) -> (Option<i32>, String) {
+    let semantics = format!("code={semantics}");
+    let options = [
+        "--timeout",
+        "120",
+        "--cpus",
+        "boot=3",
+        "--trace-semantics",
+        &semantics,
+        "--debug-notice-delay",
+        "code=200",
+    ];
+    let output = run("cross_mod", &options);
+    (output.status.code(), texts(&output).0)
+}
+
+/// The test `order` or `chain` as a whole failed somewhere.
+fn stale(out: &str, test: &str) -> bool {
+    let failure = format!("FAIL {test}, ");
+    out.lines()
+        .any(|line| line.starts_with(&failure) && line.contains("stale code"))
+}
+
+#[test]
+fn delayed_notifications_do_no_harm_under_bracketing() {
+    let (status, out) = cross_mod_weakened("bracketing");
+    assert_eq!(status, Some(PASS), "{out}");
+}
+
+#[test]
+fn the_actor_tells_of_new_code_under_post_write_async() {
+    let (_, out) = cross_mod_weakened("post-write-async");
+    assert!(stale(&out, "order"), "{out}");
+}
+
 #[test]
 fn a_device_writes_by_dma() {
     for vcpus in [1, 3] {

@@ -6,6 +6,7 @@ use std::time::Duration;
 use thiserror::Error;
 
 use crate::gdb::GdbAddress;
+use crate::semantics::{NoticeDelays, TraceSemantics};
 
 /// The most VCPUs a machine may have.
 pub const MAX_VCPUS: u8 = 64;
@@ -81,6 +82,10 @@ pub struct MachineConfig {
     pub trace_notify: TraceNotify,
     /// Devices beside those that every machine has; naming one twice is no different.
     pub devices: Vec<Device>,
+    /// Semantics that differ from the defaults of their kinds.
+    pub trace_semantics: TraceSemantics,
+    /// For tests.
+    pub notice_delays: NoticeDelays,
     /// Where a gdb stub listens.
     pub gdb: Option<GdbAddress>,
 }
@@ -119,6 +124,8 @@ impl MachineConfig {
             stats: None,
             trace_notify: TraceNotify::default(),
             devices: Vec::new(),
+            trace_semantics: TraceSemantics::default(),
+            notice_delays: NoticeDelays::default(),
             gdb: None,
         }
     }

@@ -8,6 +8,7 @@ pub mod load;
 mod machine;
 pub mod outcome;
 mod platform;
+pub mod semantics;
 mod statistics;
 pub mod stop;
 mod vcpu_thread;

@@ -125,6 +125,8 @@ impl Machine {
         let memory = Arc::new(memory);
         let trace = Arc::new(TraceSystem::new(count, Arc::clone(&memory) as _));
         trace.set_notify_all(config.trace_notify == TraceNotify::All);
+        config.trace_semantics.apply(&trace);
+        config.notice_delays.apply(&trace);
         let ending = Arc::new(Ending::default());
         let breakpoints = Arc::new(Breakpoints::default());
         let signals: Vec<Arc<Signals>> = (0..count)

@@ -20,6 +20,7 @@
 //! 6. A VCPU that is not running counts as having acknowledged.
 //! 7. One lane, waited for at an instruction boundary ([`system`]).
 
+mod delay;
 pub mod kind;
 pub mod mailbox;
 pub mod observer;

@@ -19,6 +19,7 @@
 use std::collections::VecDeque;
 use std::time::Instant;
 
+use crate::delay::Travelling;
 use crate::kind::{Actor, Kind, Range, Semantics, Sense};
 use crate::regions::TraceId;
 use crate::sync::{
@@ -89,6 +90,7 @@ pub struct Mailbox {
     /// Waits on `wake`.
     asleep: AtomicBool,
     queue: Mutex<VecDeque<Notice>>,
+    travelling: Travelling,
     wake: Condvar,
 }
 
@@ -121,12 +123,23 @@ impl Mailbox {
         }
     }
 
+    /// As [`Self::post`], but the notice is found only once it is due.
+    pub fn post_late(&self, due: Instant, notice: Notice) {
+        self.travelling.post(due, notice);
+        self.attention.0.fetch_or(TRACE, SeqCst);
+    }
+
     /// Hands every queued notice to `handler`; whether there was any. The caller clears the
-    /// attention bit first, so a notice that comes meanwhile sets it again.
-    pub fn drain(&self, handler: &mut dyn FnMut(Notice)) -> bool {
+    /// attention bit first, so a notice that comes meanwhile sets it again. Notices that travel
+    /// are found if they are due, or if the VCPU must `settle`.
+    pub fn drain(&self, settle: bool, handler: &mut dyn FnMut(Notice)) -> bool {
+        let (arrived, others) = self.travelling.take(settle);
+        if others {
+            self.attention.0.fetch_or(TRACE, SeqCst);
+        }
         let notices = std::mem::take(&mut *lock(&self.queue));
-        let any = !notices.is_empty();
-        notices.into_iter().for_each(handler);
+        let any = !notices.is_empty() || !arrived.is_empty();
+        notices.into_iter().chain(arrived).for_each(handler);
         any
     }
 

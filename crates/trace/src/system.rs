@@ -20,8 +20,9 @@
 //! on, because releasing it (a sequentially consistent store that it reads) comes after the write.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
+use crate::delay::Delays;
 use crate::kind::{Actor, Kind, Range, Semantics, Sense};
 use crate::mailbox::{Attention, Mailbox, Notice, Notification, TRACE};
 use crate::observer::{Observing, Record};
@@ -92,6 +93,7 @@ pub struct TraceSystem {
     /// Semantics by kind.
     semantics: Vec<AtomicU32>,
     notify_all: AtomicBool,
+    delays: Delays,
     sequence: AtomicU64,
     counters: Counters,
     /// The lane's owner sleeps until a VCPU stops running.
@@ -123,6 +125,7 @@ impl TraceSystem {
                 .map(|kind| AtomicU32::new(kind.default_semantics() as u32))
                 .collect(),
             notify_all: AtomicBool::new(false),
+            delays: Delays::default(),
             sequence: AtomicU64::new(0),
             counters: Counters::default(),
             waiting: Mutex::new(()),
@@ -158,6 +161,12 @@ impl TraceSystem {
     /// Makes every VCPU a consumer of every event: the null-trace embodiment (\[0075\]).
     pub fn set_notify_all(&self, all: bool) {
         self.notify_all.store(all, Relaxed);
+    }
+
+    /// Makes notifications of a kind take this long to reach their consumers, so that a guest can
+    /// see what weak semantics allow. For tests.
+    pub fn set_notice_delay(&self, kind: Kind, delay: Duration) {
+        self.delays.set(kind, delay);
     }
 
     /// The attention word of a VCPU, to be polled at its instruction boundaries.
@@ -201,11 +210,24 @@ impl TraceSystem {
 
     /// Hands every notice in the VCPU's queue to `handler`; whether there was any.
     fn drain(&self, vcpu: VcpuId, handler: &mut dyn FnMut(Notice)) -> bool {
+        self.drain_queue(vcpu, false, handler)
+    }
+
+    /// Called by a running VCPU at an instruction boundary before it completes what orders its
+    /// notices by the guest's own rules, such as a TLB flush: hands over every notice that was
+    /// posted before, however long it would travel. Returns whether there was any.
+    pub fn settle(&self, vcpu: VcpuId, handler: &mut dyn FnMut(Notice)) -> bool {
+        self.drain_queue(vcpu, true, handler)
+    }
+
+    fn drain_queue(&self, vcpu: VcpuId, settle: bool, handler: &mut dyn FnMut(Notice)) -> bool {
         let mailbox = self.mailbox(vcpu);
         if !self.observing.is_on() {
-            return mailbox.drain(handler);
+            return mailbox.drain(settle, handler);
         }
-        mailbox.drain(&mut |notice| self.observing.apply(Some(vcpu), notice, handler))
+        mailbox.drain(settle, &mut |notice| {
+            self.observing.apply(Some(vcpu), notice, handler);
+        })
     }
 
     /// Sleeps, at an instruction boundary, until an attention bit is set or `until` has passed.
@@ -554,6 +576,7 @@ impl TraceSystem {
         }
         if !bracketed.is_empty() && !self.mutation.write_without_waiting {
             waited += self.timed(hits, Semantics::Bracketing, bracketed, || {
+                self.travel(&posts);
                 awaited = awaited.union(self.hold(bracketed));
             });
         }
@@ -562,11 +585,11 @@ impl TraceSystem {
                 if (notification.semantics == Semantics::PreWriteValue) != before_write {
                     continue;
                 }
-                for consumer in consumers.iter().filter(|c| Some(*c) != vcpu) {
+                let others = consumers.iter().filter(|c| Some(*c) != vcpu);
+                for (nth, consumer) in others.enumerate() {
                     let times = if self.mutation.notify_twice { 2 } else { 1 };
                     for _ in 0..times {
-                        self.mailbox(consumer)
-                            .post(Notice::Notification(*notification));
+                        self.send(consumer, nth, *notification);
                     }
                     self.counters
                         .notified(notification.kind, notification.semantics, consumer);
@@ -603,6 +626,35 @@ impl TraceSystem {
                 awaited,
                 waited,
             });
+        }
+    }
+
+    /// Lets those of these notifications travel that are bracketed.
+    fn travel(&self, posts: &[(VcpuSet, Notification)]) {
+        let bracketed = posts
+            .iter()
+            .filter(|(_, n)| n.semantics == Semantics::Bracketing);
+        if let Some(delay) = bracketed.filter_map(|(_, n)| self.delays.of(n.kind)).max() {
+            std::thread::sleep(delay);
+        }
+    }
+
+    /// Queues a notification for the `nth` of its consumers. If notifications take time, each
+    /// consumer is reached later than the one before it.
+    fn send(&self, consumer: VcpuId, nth: usize, notification: Notification) {
+        let mailbox = self.mailbox(consumer);
+        let notice = Notice::Notification(notification);
+        let delay = self.delays.of(notification.kind);
+        match (delay, notification.semantics) {
+            (None, _) | (_, Semantics::Bracketing) => mailbox.post(notice),
+            (Some(delay), Semantics::PostWriteSync) => {
+                std::thread::sleep(delay);
+                mailbox.post(notice);
+            }
+            (Some(delay), Semantics::PostWriteAsync | Semantics::PreWriteValue) => {
+                let due = Instant::now() + delay * (nth as u32 + 1);
+                mailbox.post_late(due, notice);
+            }
         }
     }
 
