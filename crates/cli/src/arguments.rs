@@ -128,6 +128,11 @@ pub struct RunArguments {
     #[arg(long, value_name = "PATH")]
     pub stats: Option<PathBuf>,
 
+    /// Write what the memory traces do to this file, in the Chrome trace-event format: for Perfetto
+    /// and for "trapline report"
+    #[arg(long, value_name = "PATH")]
+    pub events: Option<PathBuf>,
+
     /// What to log: a level, or targets with levels, as in warn,trapline_devices=debug
     #[arg(long, value_name = "FILTER", default_value = "warn", value_parser = filter)]
     pub log: Targets,
@@ -178,6 +183,7 @@ impl RunArguments {
             },
             timeout: self.timeout,
             stats: self.stats.clone(),
+            events: self.events.clone(),
             trace_notify: match self.trace_notify {
                 Notify::Consumers => TraceNotify::Consumers,
                 Notify::All => TraceNotify::All,
@@ -280,6 +286,7 @@ mod tests {
             "--gdb=1234",
             "--timeout=1.5",
             "--stats=s",
+            "--events=e",
             "--log=debug",
             "--log-file=l",
         ]);
@@ -293,6 +300,7 @@ mod tests {
             engine: EngineKind::Step,
             timeout: Some(Duration::from_millis(1500)),
             stats: Some("s".into()),
+            events: Some("e".into()),
             trace_notify: TraceNotify::All,
             devices: vec![Device::DmaProbe],
             trace_semantics: "code=post-write-sync".parse().unwrap(),

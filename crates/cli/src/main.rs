@@ -48,6 +48,7 @@ fn start_and_wait(config: &MachineConfig) -> Result<Outcome, MachineError> {
     let stop = StopHandle::new();
     terminal::restore_on_panic();
     signals::watch(&stop)?;
+    signals::survive_file_limit();
     let console = match &config.serial {
         SerialMode::Tty => console::open(&stop)?,
         SerialMode::Null => Console::null(),

@@ -1,9 +1,10 @@
 //! Signals that ask for the end, and leaving when the machine does not.
 
+use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGXFSZ};
 use signal_hook::iterator::Signals;
 use trapline_machine::{MachineError, StopHandle, StopReason};
 
@@ -11,6 +12,14 @@ use crate::{exit_status, report, terminal};
 
 /// How long a machine may take to stop before the process ends without it.
 const GRACE: Duration = Duration::from_secs(10);
+
+/// Makes a file that may not grow any further fail to be written (EFBIG) rather than end the
+/// process.
+pub fn survive_file_limit() {
+    // A flag that nobody reads: all that matters is that there is a handler. Without one the
+    // limit ends the process, as it would have anyway.
+    let _ = signal_hook::flag::register(SIGXFSZ, Arc::default());
+}
 
 /// Lets SIGINT, SIGTERM and SIGHUP stop the machine: the first asks, the second does not wait.
 pub fn watch(stop: &StopHandle) -> Result<(), MachineError> {

@@ -79,6 +79,8 @@ pub struct MachineConfig {
     pub timeout: Option<Duration>,
     /// Where the statistics are written at exit, as one JSON object.
     pub stats: Option<PathBuf>,
+    /// Where the events of the trace subsystem are written while the machine runs.
+    pub events: Option<PathBuf>,
     pub trace_notify: TraceNotify,
     /// Devices beside those that every machine has; naming one twice is no different.
     pub devices: Vec<Device>,
@@ -107,6 +109,8 @@ pub enum ConfigError {
     CmdlineNul,
     #[error("the time limit is zero: give a positive number of seconds, for example --timeout 60")]
     ZeroTimeout,
+    #[error("{} is given for both --stats and --events: give two paths", .0.display())]
+    SameFile(PathBuf),
 }
 
 impl MachineConfig {
@@ -122,6 +126,7 @@ impl MachineConfig {
             engine: EngineKind::default(),
             timeout: None,
             stats: None,
+            events: None,
             trace_notify: TraceNotify::default(),
             devices: Vec::new(),
             trace_semantics: TraceSemantics::default(),
@@ -141,6 +146,13 @@ impl MachineConfig {
         }
         if self.timeout == Some(Duration::ZERO) {
             return Err(ConfigError::ZeroTimeout);
+        }
+        if let Some(path) = self
+            .events
+            .as_ref()
+            .filter(|p| self.stats.as_ref() == Some(p))
+        {
+            return Err(ConfigError::SameFile(path.clone()));
         }
         Ok(())
     }
@@ -204,6 +216,15 @@ mod tests {
             with(|c| c.cmdline = "a\0b".into()),
             Err(ConfigError::CmdlineNul)
         );
+    }
+
+    #[test]
+    fn events_and_statistics_need_a_file_each() {
+        let both = |stats: &str, events: &str| {
+            with(|c| (c.stats, c.events) = (Some(stats.into()), Some(events.into())))
+        };
+        assert_eq!(both("a", "b"), Ok(()));
+        assert_eq!(both("a", "a"), Err(ConfigError::SameFile("a".into())));
     }
 
     #[test]

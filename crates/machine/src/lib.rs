@@ -3,6 +3,7 @@
 pub mod config;
 pub mod console;
 mod ending;
+pub mod events;
 pub mod gdb;
 pub mod load;
 mod machine;

@@ -25,6 +25,7 @@ use vm_memory::{Bytes, GuestAddress};
 use crate::config::{Device, EngineKind, MachineConfig, TraceNotify};
 use crate::console::Console;
 use crate::ending::{End, Ending};
+use crate::events::EventLog;
 use crate::gdb::{Debugger, GdbServer};
 use crate::load::{self, LoadRequest};
 use crate::outcome::{MachineError, Outcome};
@@ -65,9 +66,14 @@ pub fn run(
     let input = InputThread::spawn(console.input)?;
     let tsc_frequency = trapline_devices::tsc::tsc_frequency();
     let gdb = config.gdb.as_ref().map(GdbServer::listen).transpose()?;
+    let events = config
+        .events
+        .as_ref()
+        .map(|path| EventLog::create(path, config.vcpus, config.memory_bytes))
+        .transpose()?;
     let mut report = Report::start();
     let end = loop {
-        let machine = Machine::build(config, output.clone(), tsc_frequency)?;
+        let machine = Machine::build(config, output.clone(), tsc_frequency, events.as_ref())?;
         input.connect(Some(machine.chipset.serial_input()));
         let end = machine.run(&stop, deadline, gdb.as_ref(), &mut report)?;
         input.connect(None);
@@ -76,6 +82,9 @@ pub fn run(
         }
         tracing::info!(target: "machine", "the guest resets the machine");
     };
+    if let Some(events) = events {
+        report.events(events.finish());
+    }
     if let Some(path) = &config.stats {
         report.write(path)?;
     }
@@ -115,6 +124,7 @@ impl Machine {
         config: &MachineConfig,
         output: SharedOutput,
         tsc_frequency: u64,
+        events: Option<&EventLog>,
     ) -> Result<Self, MachineError> {
         let count = usize::from(config.vcpus);
         let memory = GuestMemory::new(config.memory_bytes).map_err(|error| MachineError::Host {
@@ -123,7 +133,12 @@ impl Machine {
             source: io::Error::other(error.to_string()),
         })?;
         let memory = Arc::new(memory);
-        let trace = Arc::new(TraceSystem::new(count, Arc::clone(&memory) as _));
+        let observing = events.map(EventLog::observing).unwrap_or_default();
+        if let Some(events) = events {
+            events.power_up();
+        }
+        let trace = TraceSystem::new(count, Arc::clone(&memory) as _).observed(observing);
+        let trace = Arc::new(trace);
         trace.set_notify_all(config.trace_notify == TraceNotify::All);
         config.trace_semantics.apply(&trace);
         config.notice_delays.apply(&trace);

@@ -13,6 +13,7 @@ use crate::outcome::MachineError;
 pub struct Report {
     start: Instant,
     runs: Vec<Value>,
+    events: Value,
 }
 
 impl Report {
@@ -20,6 +21,7 @@ impl Report {
         Self {
             start: Instant::now(),
             runs: Vec::new(),
+            events: Value::Null,
         }
     }
 
@@ -30,6 +32,11 @@ impl Report {
             .push(json!({ "vcpus": vcpus, "traces": traces(trace) }));
     }
 
+    /// Adds what became of the file of events.
+    pub fn events(&mut self, events: Value) {
+        self.events = events;
+    }
+
     /// Writes the object.
     ///
     /// # Errors
@@ -38,6 +45,7 @@ impl Report {
         let object = json!({
             "host_seconds": self.start.elapsed().as_secs_f64(),
             "boots": self.runs,
+            "events": self.events,
         });
         std::fs::write(path, format!("{object:#}\n")).map_err(|source| MachineError::Host {
             what: format!("to write {} for --stats", path.display()),

@@ -79,7 +79,7 @@ pub enum Record {
         consumers: VcpuSet,
         held: VcpuSet,
     },
-    /// The last consumer of a trace left it.
+    /// The last consumer of a trace left it, on any thread.
     Removed {
         at: u64,
         range: Range,
@@ -100,6 +100,7 @@ pub enum Record {
 pub trait Observer: Send + Sync {
     /// The time, in nanoseconds of a monotonic clock.
     fn now(&self) -> u64;
+    /// Something took place.
     fn record(&self, place: Place, record: &Record);
 }
 

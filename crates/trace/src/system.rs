@@ -25,7 +25,7 @@ use std::time::{Duration, Instant};
 use crate::delay::Delays;
 use crate::kind::{Actor, Kind, Range, Semantics, Sense};
 use crate::mailbox::{Attention, Mailbox, Notice, Notification, TRACE};
-use crate::observer::{Observing, Record};
+use crate::observer::{Observing, Place, Record};
 use crate::regions::{Region, Regions, TraceId};
 use crate::statistics::{Counters, Totals};
 use crate::sync::{
@@ -425,7 +425,7 @@ impl TraceSystem {
             .unwrap_or_else(std::sync::PoisonError::into_inner);
         if let Some(gone) = regions.drop_consumer(id, vcpu) {
             self.observing
-                .record(Some(vcpu), 0, |span| Record::Removed {
+                .record(Place::Machine, 0, |span| Record::Removed {
                     at: span.end,
                     range: gone.range,
                     kind: gone.kind,

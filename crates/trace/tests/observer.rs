@@ -105,7 +105,7 @@ fn a_sleeper_is_notified_and_not_awaited() {
                 notice: Notice::Notification(received),
             },
         ),
-        (Place::Vcpu(A), Record::Removed { range: REGION, .. }),
+        (Place::Machine, Record::Removed { range: REGION, .. }),
     ] = records.as_slice()
     else {
         panic!("{records:#?}");
