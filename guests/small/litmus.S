@@ -13,6 +13,8 @@
 .include "litmus/writes.inc"
 .include "litmus/tables.inc"
 .include "litmus/paging.inc"
+.include "litmus/processor.inc"
+.include "litmus/dma.inc"
 
     .code64
 main64:
@@ -38,8 +40,15 @@ main64:
     LITMUS stores, 2
     LITMUS shared, 2, shared_ready
     LITMUS shared_code, 2, shared_ready
+    LITMUS accessed, 2, processor_ready
+    LITMUS pushed, 2, processor_ready
     LITMUS gdt, 2
     LITMUS idt, 2
     LITMUS shootdown, 2, shootdown_ready
     LITMUS present, 2, shootdown_ready
-    FINISH "litmus"
+    mov $PROBE, %eax
+    cmpl $PROBE_IDENT, (%rax)
+    jne 1f
+    LITMUS dma_code, 2, dma_ready
+    LITMUS dma_paging, 2, dma_paging_ready
+1:  FINISH "litmus"

@@ -219,6 +219,9 @@ mod tests {
     fn tables_do_not_overlap() {
         let last = jump_hosts(JUMP_TABLES - 1) as usize + TABLE_BYTES;
         assert_eq!(last, FIELD_BYTES);
-        assert_eq!(jump_targets(0), tlb_hosts(TLB_TABLES - 1) + TABLE_BYTES as i32);
+        assert_eq!(
+            jump_targets(0),
+            tlb_hosts(TLB_TABLES - 1) + TABLE_BYTES as i32
+        );
     }
 }

@@ -7,6 +7,8 @@ use std::sync::{Mutex, OnceLock, PoisonError};
 
 /// A guest that wrote 16 to the debug-exit port: no violation.
 pub const PASS: i32 = 33;
+/// A guest that wrote 17: violations, or the CPUs gave up waiting for each other.
+pub const FAIL: i32 = 35;
 
 /// One run at a time: the host has fewer processors than the guests.
 static MACHINE: Mutex<()> = Mutex::new(());
@@ -103,6 +105,7 @@ pub fn run(vcpus: u32, guest_options: &str, options: &[&str]) -> Run {
         .args(["run", "--serial", "tty", "--timeout", "600", "--kernel"])
         .arg(image)
         .args(["--cpus", &format!("boot={vcpus}")])
+        .args(["--device", "dma-probe"])
         .args(["--cmdline", guest_options, "--stats"])
         .arg(&stats)
         .args(options)
