@@ -263,7 +263,7 @@ impl Environment for Surroundings {
                 &ranges,
                 sense(access),
                 &mut |notice| {
-                    if let Notice::Notification(n) = notice
+                    if let Notice::Notification(n) = &notice
                         && n.kind == Kind::Watch
                         && n.actor == Actor::Vcpu(vcpu)
                     {

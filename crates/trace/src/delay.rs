@@ -12,7 +12,7 @@
 use std::time::{Duration, Instant};
 
 use crate::kind::Kind;
-use crate::mailbox::Notice;
+use crate::notice::Notice;
 use crate::sync::{AtomicBool, AtomicU64, Mutex, Ordering::Relaxed, lock};
 
 /// How long notifications travel, by kind. None do unless a test wants it.

@@ -8,7 +8,7 @@
 use std::sync::Arc;
 
 use crate::kind::{Actor, Kind, Range, Sense};
-use crate::mailbox::{Notice, Notification};
+use crate::notice::{Notice, Notification};
 use crate::vcpu::{VcpuId, VcpuSet};
 
 /// From when to when something took place, in nanoseconds of the observer's clock.
@@ -46,8 +46,8 @@ impl From<Option<VcpuId>> for Place {
     }
 }
 
-/// Something that took place. All of it is plain data.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// Something that took place.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Record {
     /// An actor accessed a traced location. One record for each region that the access hit, all
     /// with the same span, which includes waiting.
@@ -136,8 +136,11 @@ impl Observing {
 
     /// Hands a notice to `handler`, as something that `vcpu` applies.
     pub fn apply(&self, vcpu: Option<VcpuId>, notice: Notice, handler: &mut dyn FnMut(Notice)) {
+        if !self.is_on() {
+            return handler(notice);
+        }
         let start = self.now();
-        handler(notice);
+        handler(notice.clone());
         self.record(vcpu, start, |span| Record::Applied { span, notice });
     }
 }

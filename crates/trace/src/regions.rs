@@ -1,17 +1,32 @@
 //! The traced regions of a machine: which bytes, of which kind, for which VCPUs.
+//!
+//! A look-up, an addition and a removal take time that grows with the logarithm of the number of
+//! regions on the pages concerned and not at all with regions elsewhere; a region of many pages is
+//! kept apart and takes part in every look-up, but logarithmically too.
 
 use std::collections::HashMap;
+use std::hash::{BuildHasher, RandomState};
 
+use crate::intervals::Intervals;
 use crate::kind::{Kind, Range, Sense};
 use crate::vcpu::{VcpuId, VcpuSet};
 
 const PAGE_SHIFT: u32 = 12;
 /// Regions of more pages than this are kept apart, not per page.
-const WIDE: u64 = 64;
+const WIDE: u64 = 16;
 
-/// Names a region.
+/// Names a region. A name is not used again when its region is gone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct TraceId(u64);
+
+impl TraceId {
+    const fn new(slot: u32, generation: u32) -> Self {
+        Self((generation as u64) << 32 | slot as u64)
+    }
+    const fn slot(self) -> u32 {
+        self.0 as u32
+    }
+}
 
 /// A traced region.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -27,17 +42,60 @@ pub struct Region {
 
 type Key = (Range, Kind, Sense, u64);
 
-/// All regions. Look-ups touch only the regions of the pages asked for, and the wide ones.
-#[derive(Debug, Default)]
-pub struct Regions {
-    next: u64,
-    by_id: HashMap<TraceId, Region>,
-    by_key: HashMap<Key, TraceId>,
-    by_page: HashMap<u64, Vec<TraceId>>,
-    wide: Vec<TraceId>,
+#[derive(Debug)]
+struct Slot {
+    generation: u32,
+    region: Option<Region>,
 }
 
-fn pages(range: &Range) -> std::ops::RangeInclusive<u64> {
+/// What lies on one page.
+#[derive(Debug, Default)]
+struct Page {
+    /// Slots of the regions that touch the page, the wide ones excepted.
+    regions: Intervals,
+    /// How many of them sense reads, and writes.
+    readers: u32,
+    writers: u32,
+}
+
+impl Page {
+    fn sense(&self) -> Sense {
+        Sense {
+            read: self.readers > 0,
+            write: self.writers > 0,
+        }
+    }
+}
+
+/// All regions.
+#[derive(Debug)]
+pub struct Regions {
+    slots: Vec<Slot>,
+    free: Vec<u32>,
+    by_key: HashMap<Key, u32>,
+    by_page: HashMap<u64, Page>,
+    wide: Intervals,
+    /// State of the generator of the trees' priorities, which a guest must not foresee.
+    random: u64,
+    len: usize,
+}
+
+impl Default for Regions {
+    fn default() -> Self {
+        Self {
+            slots: Vec::new(),
+            free: Vec::new(),
+            by_key: HashMap::new(),
+            by_page: HashMap::new(),
+            wide: Intervals::default(),
+            random: RandomState::new().hash_one(0) | 1,
+            len: 0,
+        }
+    }
+}
+
+/// The numbers of the pages that a range touches.
+pub fn pages(range: &Range) -> std::ops::RangeInclusive<u64> {
     range.lo >> PAGE_SHIFT..=(range.hi - 1) >> PAGE_SHIFT
 }
 
@@ -57,39 +115,66 @@ impl Regions {
         consumers: VcpuSet,
     ) -> TraceId {
         let key = (range, kind, sense, cookie);
-        if let Some(id) = self.by_key.get(&key) {
-            if let Some(region) = self.by_id.get_mut(id) {
-                region.consumers = region.consumers.union(consumers);
-            }
-            return *id;
+        if let Some(&slot) = self.by_key.get(&key)
+            && let Some(region) = &mut self.slots[slot as usize].region
+        {
+            region.consumers = region.consumers.union(consumers);
+            return region.id;
         }
-        let id = TraceId(self.next);
-        self.next += 1;
-        self.by_key.insert(key, id);
-        self.by_id.insert(
+        let slot = self.free.pop().unwrap_or_else(|| {
+            self.slots.push(Slot {
+                generation: 0,
+                region: None,
+            });
+            self.slots.len() as u32 - 1
+        });
+        let place = &mut self.slots[slot as usize];
+        let id = TraceId::new(slot, place.generation);
+        place.region = Some(Region {
             id,
-            Region {
-                id,
-                range,
-                kind,
-                sense,
-                cookie,
-                consumers,
-            },
-        );
+            range,
+            kind,
+            sense,
+            cookie,
+            consumers,
+        });
+        self.by_key.insert(key, slot);
+        self.len += 1;
         if is_wide(&range) {
-            self.wide.push(id);
+            let priority = self.priority();
+            self.wide.insert(range, slot, priority);
         } else {
-            for page in pages(&range) {
-                self.by_page.entry(page).or_default().push(id);
+            for number in pages(&range) {
+                let priority = self.priority();
+                let page = self.by_page.entry(number).or_default();
+                page.regions.insert(range, slot, priority);
+                page.readers += u32::from(sense.read);
+                page.writers += u32::from(sense.write);
             }
         }
         id
     }
 
+    /// The next number of a xorshift generator.
+    fn priority(&mut self) -> u32 {
+        self.random ^= self.random << 13;
+        self.random ^= self.random >> 7;
+        self.random ^= self.random << 17;
+        (self.random >> 32) as u32
+    }
+
+    /// The region of this name.
+    pub fn get(&self, id: TraceId) -> Option<&Region> {
+        let region = self.slots.get(id.slot() as usize)?.region.as_ref()?;
+        (region.id == id).then_some(region)
+    }
+
     /// Takes a consumer from a region. Returns the region if that was its last one: it is gone.
     pub fn drop_consumer(&mut self, id: TraceId, vcpu: VcpuId) -> Option<Region> {
-        let region = self.by_id.get_mut(&id)?;
+        let region = self.slots.get_mut(id.slot() as usize)?.region.as_mut()?;
+        if region.id != id {
+            return None;
+        }
         region.consumers = region.consumers.without(vcpu);
         if !region.consumers.is_empty() {
             return None;
@@ -99,68 +184,94 @@ impl Regions {
 
     /// Removes a region.
     pub fn remove(&mut self, id: TraceId) -> Option<Region> {
-        let region = self.by_id.remove(&id)?;
+        self.get(id)?;
+        let slot = id.slot();
+        let place = &mut self.slots[slot as usize];
+        let region = place.region.take()?;
+        place.generation = place.generation.wrapping_add(1);
+        self.free.push(slot);
+        self.len -= 1;
         self.by_key
             .remove(&(region.range, region.kind, region.sense, region.cookie));
         if is_wide(&region.range) {
-            self.wide.retain(|w| *w != id);
-        } else {
-            for page in pages(&region.range) {
-                if let Some(ids) = self.by_page.get_mut(&page) {
-                    ids.retain(|i| *i != id);
-                    if ids.is_empty() {
-                        self.by_page.remove(&page);
-                    }
-                }
+            self.wide.remove(region.range, slot);
+            return Some(region);
+        }
+        for number in pages(&region.range) {
+            let Some(page) = self.by_page.get_mut(&number) else {
+                continue;
+            };
+            page.regions.remove(region.range, slot);
+            page.readers -= u32::from(region.sense.read);
+            page.writers -= u32::from(region.sense.write);
+            if page.regions.is_empty() {
+                self.by_page.remove(&number);
             }
         }
         Some(region)
     }
 
-    /// The regions that an access of kind `sense` to `range` hits, each once.
-    pub fn hits(&self, range: Range, sense: Sense, out: &mut Vec<Region>) {
+    /// Calls `found` with every region that an access of kind `sense` to `range` hits, once each.
+    pub fn hits(&self, range: Range, sense: Sense, found: &mut impl FnMut(&Region)) {
         if range.is_empty() {
             return;
         }
         let first = *pages(&range).start();
-        for page in pages(&range) {
-            for id in self.by_page.get(&page).into_iter().flatten() {
-                let Some(region) = self.by_id.get(id) else {
-                    continue;
-                };
-                // A region that began on an earlier page of the access has been seen there.
-                let seen = page != first && region.range.lo >> PAGE_SHIFT < page;
-                if !seen && region.range.overlaps(&range) && region.sense.meets(sense) {
-                    out.push(*region);
-                }
+        for number in pages(&range) {
+            let Some(page) = self.by_page.get(&number) else {
+                continue;
+            };
+            if !page.sense().meets(sense) {
+                continue;
             }
+            page.regions.overlaps(range, &mut |slot| {
+                if let Some(region) = self.slots.get(slot as usize).and_then(|s| s.region.as_ref())
+                    // One that began on an earlier page of the access has been found there.
+                    && (number == first || region.range.lo >> PAGE_SHIFT == number)
+                    && region.sense.meets(sense)
+                {
+                    found(region);
+                }
+            });
         }
-        for id in &self.wide {
-            if let Some(region) = self.by_id.get(id)
-                && region.range.overlaps(&range)
+        self.wide.overlaps(range, &mut |slot| {
+            if let Some(region) = self
+                .slots
+                .get(slot as usize)
+                .and_then(|s| s.region.as_ref())
                 && region.sense.meets(sense)
             {
-                out.push(*region);
+                found(region);
             }
-        }
+        });
     }
 
     /// What the regions on a page sense together.
-    pub fn sense_of_page(&self, page: u64) -> Sense {
-        let at = Range::new(page << PAGE_SHIFT, (page + 1) << PAGE_SHIFT);
-        let own = self.by_page.get(&page).into_iter().flatten();
-        own.chain(&self.wide)
-            .filter_map(|id| self.by_id.get(id))
-            .filter(|region| region.range.overlaps(&at))
-            .fold(Sense::default(), |sum, region| sum.union(region.sense))
+    pub fn sense_of_page(&self, number: u64) -> Sense {
+        let mut sense = self
+            .by_page
+            .get(&number)
+            .map(Page::sense)
+            .unwrap_or_default();
+        let at = Range::new(number << PAGE_SHIFT, (number + 1) << PAGE_SHIFT);
+        self.wide.overlaps(at, &mut |slot| {
+            if let Some(region) = self
+                .slots
+                .get(slot as usize)
+                .and_then(|s| s.region.as_ref())
+            {
+                sense = sense.union(region.sense);
+            }
+        });
+        sense
     }
 
     pub fn len(&self) -> usize {
-        self.by_id.len()
+        self.len
     }
 
     pub fn is_empty(&self) -> bool {
-        self.by_id.is_empty()
+        self.len == 0
     }
 }
 
@@ -176,10 +287,15 @@ mod tests {
         vcpus.iter().copied().collect()
     }
 
-    fn consumers(regions: &Regions, lo: u64, hi: u64) -> VcpuSet {
+    fn hits(regions: &Regions, lo: u64, hi: u64, sense: Sense) -> Vec<Region> {
         let mut hits = Vec::new();
-        regions.hits(Range::new(lo, hi), Sense::WRITE, &mut hits);
-        hits.iter()
+        regions.hits(Range::new(lo, hi), sense, &mut |region| hits.push(*region));
+        hits
+    }
+
+    fn consumers(regions: &Regions, lo: u64, hi: u64) -> VcpuSet {
+        hits(regions, lo, hi, Sense::WRITE)
+            .iter()
             .fold(VcpuSet::EMPTY, |sum, hit| sum.union(hit.consumers))
     }
 
@@ -252,8 +368,7 @@ mod tests {
             0,
             set(&[A]),
         );
-        let mut hits = Vec::new();
-        regions.hits(Range::new(0x800, 0x4000), Sense::WRITE, &mut hits);
+        let hits = hits(&regions, 0x800, 0x4000, Sense::WRITE);
         assert_eq!(hits.len(), 1);
     }
 
@@ -280,8 +395,7 @@ mod tests {
             set(&[A]),
         );
         assert_eq!(consumers(&regions, 0x1000, 0x1001), VcpuSet::EMPTY);
-        let mut hits = Vec::new();
-        regions.hits(Range::new(0x1000, 0x1001), Sense::READ, &mut hits);
+        let hits = hits(&regions, 0x1000, 0x1001, Sense::READ);
         assert_eq!(hits.len(), 1);
     }
 
@@ -290,8 +404,7 @@ mod tests {
         let mut regions = Regions::default();
         let range = Range::new(1 << 30, 1 << 31);
         let id = regions.add(range, Kind::Device, Sense::BOTH, 7, set(&[A]));
-        let mut hits = Vec::new();
-        regions.hits(Range::new((1 << 31) - 4, 1 << 31), Sense::READ, &mut hits);
+        let hits = hits(&regions, (1 << 31) - 4, 1 << 31, Sense::READ);
         assert_eq!(hits.iter().map(|h| h.cookie).collect::<Vec<_>>(), [7]);
         assert!(regions.remove(id).is_some());
         assert_eq!(regions.sense_of_page(1 << 18), Sense::default());

@@ -1,54 +1,56 @@
-//! What the trace subsystem counts. All counters are relaxed: they order nothing.
+//! What the trace subsystem counts.
+//!
+//! # Orderings
+//! The counters order nothing: relaxed. Only the lane's owner counts, so it counts by loading and
+//! storing; events of kind `device` are counted by anyone, with atomic additions, in a counter of
+//! their own.
 
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+
+use crate::histogram::Histogram;
 use crate::kind::{Kind, Semantics};
-use crate::sync::{AtomicU64, Ordering::Relaxed};
-use crate::vcpu::{MAX_VCPUS, VcpuId};
+use crate::vcpu::VcpuId;
 
-/// Buckets of the waits' histogram: bucket `n` counts waits of up to 2^n ns.
-pub const BUCKETS: usize = 40;
+/// A counter that only the lane's owner increments.
+#[derive(Debug, Default)]
+struct Count(AtomicU64);
 
-#[derive(Debug)]
-struct Waits {
-    buckets: [AtomicU64; BUCKETS],
-    longest: AtomicU64,
-}
-
-#[derive(Debug)]
-struct Cell {
-    events: AtomicU64,
-    notifications: AtomicU64,
-    acknowledgements: AtomicU64,
-    waits: Waits,
-}
-
-fn zero() -> AtomicU64 {
-    AtomicU64::new(0)
-}
-
-impl Cell {
-    fn new() -> Self {
-        let waits = Waits {
-            buckets: std::array::from_fn(|_| zero()),
-            longest: zero(),
-        };
-        Self {
-            events: zero(),
-            notifications: zero(),
-            acknowledgements: zero(),
-            waits,
-        }
+impl Count {
+    fn add(&self, count: u64) {
+        self.0.store(self.0.load(Relaxed) + count, Relaxed);
     }
+    fn get(&self) -> u64 {
+        self.0.load(Relaxed)
+    }
+}
+
+#[derive(Debug, Default)]
+struct Cell {
+    events: Count,
+    notifications: Count,
+    acknowledgements: Count,
+    waits: Histogram,
+}
+
+/// The roles that one VCPU played. On cache lines of its own.
+#[derive(Debug, Default)]
+#[repr(align(64))]
+struct Roles {
+    actor: Count,
+    consumer: Count,
 }
 
 /// The live counters.
 #[derive(Debug)]
 pub struct Counters {
+    /// By kind and semantics.
     cells: Vec<Cell>,
-    /// Events of memory kinds (all but `device`).
-    memory_events: AtomicU64,
-    actor: Vec<AtomicU64>,
-    consumer: Vec<AtomicU64>,
-    neither: AtomicU64,
+    /// Events of kind `device`, by semantics.
+    device: Vec<AtomicU64>,
+    /// Events of all other kinds.
+    memory_events: Count,
+    roles: Vec<Roles>,
+    beside: Count,
 }
 
 /// Totals of one kind under one semantics.
@@ -58,10 +60,12 @@ pub struct KindTotals {
     pub semantics: Semantics,
     pub events: u64,
     pub notifications: u64,
+    /// Of other VCPUs than the actor, those that were at an instruction boundary anyway included.
     pub acknowledgements: u64,
-    /// Waits of actors for acknowledgements.
+    /// Waits of actors for the acknowledgement of VCPUs that were executing.
     pub waits: u64,
-    /// Upper bounds, in nanoseconds, of the median and the 99th percentile (powers of two).
+    /// The median wait, the 99th percentile and the longest, in nanoseconds. The percentiles are
+    /// at most an eighth too long.
     pub wait_p50_ns: u64,
     pub wait_p99_ns: u64,
     pub wait_max_ns: u64,
@@ -70,6 +74,7 @@ pub struct KindTotals {
 /// The roles that one VCPU played, in events.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct RoleTotals {
+    /// Accesses that hit at least one region.
     pub actor: u64,
     pub consumer: u64,
     pub bystander: u64,
@@ -86,126 +91,101 @@ pub struct Totals {
     pub beside: u64,
 }
 
-impl Default for Counters {
-    fn default() -> Self {
+impl Counters {
+    pub fn new(vcpus: usize) -> Self {
         Self {
             cells: (0..Kind::ALL.len() * Semantics::ALL.len())
-                .map(|_| Cell::new())
+                .map(|_| Cell::default())
                 .collect(),
-            memory_events: zero(),
-            actor: (0..MAX_VCPUS).map(|_| zero()).collect(),
-            consumer: (0..MAX_VCPUS).map(|_| zero()).collect(),
-            neither: zero(),
+            device: Semantics::ALL.iter().map(|_| AtomicU64::new(0)).collect(),
+            memory_events: Count::default(),
+            roles: (0..vcpus).map(|_| Roles::default()).collect(),
+            beside: Count::default(),
         }
     }
-}
 
-impl Counters {
     fn cell(&self, kind: Kind, semantics: Semantics) -> &Cell {
         &self.cells[kind as usize * Semantics::ALL.len() + semantics as usize]
     }
 
+    /// Counts an access to device registers: how many there were before. From any thread; all
+    /// others need the lane.
+    pub fn device_event(&self, semantics: Semantics) -> u64 {
+        self.device[semantics as usize].fetch_add(1, Relaxed)
+    }
+
     pub fn event(&self, kind: Kind, semantics: Semantics) {
-        self.cell(kind, semantics).events.fetch_add(1, Relaxed);
-        if kind != Kind::Device {
-            self.memory_events.fetch_add(1, Relaxed);
-        }
+        self.cell(kind, semantics).events.add(1);
+        self.memory_events.add(1);
     }
 
     pub fn beside(&self) {
-        self.neither.fetch_add(1, Relaxed);
+        self.beside.add(1);
     }
 
     pub fn notified(&self, kind: Kind, semantics: Semantics, vcpu: VcpuId) {
-        self.cell(kind, semantics)
-            .notifications
-            .fetch_add(1, Relaxed);
-        self.consumer[vcpu.index()].fetch_add(1, Relaxed);
+        self.cell(kind, semantics).notifications.add(1);
+        if let Some(roles) = self.roles.get(vcpu.index()) {
+            roles.consumer.add(1);
+        }
     }
 
     pub fn acknowledged(&self, kind: Kind, semantics: Semantics, count: u64) {
-        self.cell(kind, semantics)
-            .acknowledgements
-            .fetch_add(count, Relaxed);
+        self.cell(kind, semantics).acknowledgements.add(count);
     }
 
     pub fn acted(&self, vcpu: VcpuId) {
-        self.actor[vcpu.index()].fetch_add(1, Relaxed);
+        if let Some(roles) = self.roles.get(vcpu.index()) {
+            roles.actor.add(1);
+        }
     }
 
     pub fn waited(&self, kind: Kind, semantics: Semantics, nanoseconds: u64) {
-        let waits = &self.cell(kind, semantics).waits;
-        let bucket = (64 - nanoseconds.leading_zeros() as usize).min(BUCKETS - 1);
-        waits.buckets[bucket].fetch_add(1, Relaxed);
-        waits.longest.fetch_max(nanoseconds, Relaxed);
+        self.cell(kind, semantics).waits.count(nanoseconds);
     }
 
-    pub fn totals(&self, vcpus: usize) -> Totals {
-        let mut totals = Totals {
-            beside: self.neither.load(Relaxed),
-            ..Totals::default()
-        };
+    pub fn totals(&self) -> Totals {
+        let mut kinds = Vec::new();
         for kind in Kind::ALL {
             for semantics in Semantics::ALL {
                 let cell = self.cell(kind, semantics);
-                let events = cell.events.load(Relaxed);
+                let events = match kind {
+                    Kind::Device => self.device[semantics as usize].load(Relaxed),
+                    _ => cell.events.get(),
+                };
                 if events == 0 {
                     continue;
                 }
-                let buckets: Vec<u64> =
-                    cell.waits.buckets.iter().map(|b| b.load(Relaxed)).collect();
-                totals.kinds.push(KindTotals {
+                kinds.push(KindTotals {
                     kind,
                     semantics,
                     events,
-                    notifications: cell.notifications.load(Relaxed),
-                    acknowledgements: cell.acknowledgements.load(Relaxed),
-                    waits: buckets.iter().sum(),
-                    wait_p50_ns: percentile(&buckets, 50),
-                    wait_p99_ns: percentile(&buckets, 99),
-                    wait_max_ns: cell.waits.longest.load(Relaxed),
+                    notifications: cell.notifications.get(),
+                    acknowledgements: cell.acknowledgements.get(),
+                    waits: cell.waits.total(),
+                    wait_p50_ns: cell.waits.percentile(50),
+                    wait_p99_ns: cell.waits.percentile(99),
+                    wait_max_ns: cell.waits.longest(),
                 });
             }
         }
-        let events = self.memory_events.load(Relaxed);
-        totals.roles = (0..vcpus.min(MAX_VCPUS))
-            .map(|n| {
-                let consumer = self.consumer[n].load(Relaxed);
+        let events = self.memory_events.get();
+        let roles = self
+            .roles
+            .iter()
+            .map(|roles| {
+                let consumer = roles.consumer.get();
                 RoleTotals {
-                    actor: self.actor[n].load(Relaxed),
+                    actor: roles.actor.get(),
                     consumer,
                     bystander: events.saturating_sub(consumer),
                 }
             })
             .collect();
-        totals
-    }
-}
-
-/// The upper bound of the bucket that holds the given percentile.
-fn percentile(buckets: &[u64], percent: u64) -> u64 {
-    let total: u64 = buckets.iter().sum();
-    let mut seen = 0;
-    for (n, count) in buckets.iter().enumerate() {
-        seen += count;
-        if total > 0 && seen * 100 >= total * percent {
-            return 1 << n;
+        Totals {
+            kinds,
+            roles,
+            beside: self.beside.get(),
         }
-    }
-    0
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn percentiles_are_bucket_bounds() {
-        let mut buckets = [0; BUCKETS];
-        assert_eq!(percentile(&buckets, 50), 0);
-        buckets[3] = 98;
-        buckets[9] = 2;
-        assert_eq!(percentile(&buckets, 50), 8);
-        assert_eq!(percentile(&buckets, 99), 512);
     }
 }

@@ -51,6 +51,12 @@ impl VcpuSet {
     pub const fn without(self, vcpu: VcpuId) -> Self {
         Self(self.0 & !(1 << vcpu.0))
     }
+    pub const fn minus(self, other: Self) -> Self {
+        Self(self.0 & !other.0)
+    }
+    pub const fn overlaps(self, other: Self) -> bool {
+        self.0 & other.0 != 0
+    }
     pub const fn is_empty(self) -> bool {
         self.0 == 0
     }
@@ -59,9 +65,12 @@ impl VcpuSet {
     }
     /// The members in ascending order.
     pub fn iter(self) -> impl Iterator<Item = VcpuId> {
-        (0..MAX_VCPUS)
-            .map(VcpuId::new)
-            .filter(move |v| self.contains(*v))
+        let mut left = self.0;
+        std::iter::from_fn(move || {
+            let index = left.trailing_zeros() as usize;
+            left &= left.wrapping_sub(1);
+            (index < MAX_VCPUS).then(|| VcpuId::new(index))
+        })
     }
 }
 
@@ -70,5 +79,22 @@ impl FromIterator<VcpuId> for VcpuSet {
         vcpus
             .into_iter()
             .fold(Self::EMPTY, |set, v| set.union(Self::one(v)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn members() {
+        let set = VcpuSet::from_bits(1 << 63 | 0b101);
+        let members: Vec<usize> = set.iter().map(VcpuId::index).collect();
+        assert_eq!(members, [0, 2, 63]);
+        assert_eq!(set.iter().collect::<VcpuSet>(), set);
+        assert_eq!(VcpuSet::EMPTY.iter().count(), 0);
+        assert_eq!(VcpuSet::first(64).len(), 64);
+        assert_eq!(set.minus(VcpuSet::first(2)).bits(), 1 << 63 | 0b100);
+        assert!(set.overlaps(VcpuSet::first(1)) && !set.overlaps(VcpuSet::from_bits(2)));
     }
 }

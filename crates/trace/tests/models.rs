@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use shuttle::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
 use shuttle::thread;
-use trapline_trace::system::Mutation;
+use trapline_trace::mutation::Mutation;
 use trapline_trace::{
     Actor, AlwaysSensed, Kind, Notice, Range, Sense, Sensor, TraceSystem, VcpuId, VcpuSet,
 };
@@ -79,7 +79,7 @@ impl Sensor for Page {
 }
 
 /// Invariant 1: a VCPU that may write directly, against one that establishes and then reads.
-fn protect_then_read(mutation: Mutation) {
+fn protect_then_read(mutation: Option<Mutation>) {
     let page = Arc::new(Page::default());
     let trace = Arc::new(TraceSystem::mutated(2, page.clone(), mutation));
     let bytes = Arc::new(AtomicU64::new(0));
@@ -133,20 +133,17 @@ fn protect_then_read(mutation: Mutation) {
 
 #[test]
 fn invariant_1() {
-    check(|| protect_then_read(Mutation::default()));
+    check(|| protect_then_read(None));
 }
 
 #[test]
 fn invariant_1_needs_the_wait_for_holders() {
-    let mutation = Mutation {
-        establish_without_waiting: true,
-        ..Mutation::default()
-    };
+    let mutation = Some(Mutation::EstablishWithoutWaiting);
     assert!(fails(move || protect_then_read(mutation)));
 }
 
 /// Invariants 2 and 3: a consumer that executes against an actor that writes what it executes.
-fn bracketing(mutation: Mutation) {
+fn bracketing(mutation: Option<Mutation>) {
     let trace = Arc::new(TraceSystem::mutated(2, Arc::new(AlwaysSensed), mutation));
     establish(&trace, B, L);
     let writing = Arc::new(AtomicBool::new(false));
@@ -184,30 +181,24 @@ fn bracketing(mutation: Mutation) {
 
 #[test]
 fn invariants_2_and_3() {
-    check(|| bracketing(Mutation::default()));
+    check(|| bracketing(None));
 }
 
 #[test]
 fn invariants_2_and_3_need_the_acknowledgements() {
-    let mutation = Mutation {
-        write_without_waiting: true,
-        ..Mutation::default()
-    };
+    let mutation = Some(Mutation::WriteWithoutWaiting);
     assert!(fails(move || bracketing(mutation)));
 }
 
 #[test]
 fn invariant_2_needs_the_stall() {
-    let mutation = Mutation {
-        resume_early: true,
-        ..Mutation::default()
-    };
+    let mutation = Some(Mutation::ResumeEarly);
     assert!(fails(move || bracketing(mutation)));
 }
 
 /// Invariant 4, the chain of \[0087\]: X writes L, a bystander runs the new L and stores M, a
 /// consumer that sees M must not run the old L.
-fn chain(mutation: Mutation) {
+fn chain(mutation: Option<Mutation>) {
     let trace = Arc::new(TraceSystem::mutated(3, Arc::new(AlwaysSensed), mutation));
     establish(&trace, B, L);
     let l = Arc::new(AtomicU64::new(0));
@@ -251,21 +242,18 @@ fn chain(mutation: Mutation) {
 
 #[test]
 fn invariant_4() {
-    check(|| chain(Mutation::default()));
+    check(|| chain(None));
 }
 
 #[test]
 fn invariant_4_needs_the_acknowledgements() {
-    let mutation = Mutation {
-        write_without_waiting: true,
-        ..Mutation::default()
-    };
+    let mutation = Some(Mutation::WriteWithoutWaiting);
     assert!(fails(move || chain(mutation)));
 }
 
 /// Invariants 3 and 4 for an instruction that is itself an actor: while it waited for the lane the
 /// code that it was decoded from changed, so it must start again.
-fn waiting_actor(mutation: Mutation) {
+fn waiting_actor(mutation: Option<Mutation>) {
     let trace = Arc::new(TraceSystem::mutated(3, Arc::new(AlwaysSensed), mutation));
     establish(&trace, B, L);
     establish(&trace, C, T);
@@ -308,20 +296,17 @@ fn waiting_actor(mutation: Mutation) {
 
 #[test]
 fn an_instruction_that_waited_starts_again() {
-    check(|| waiting_actor(Mutation::default()));
+    check(|| waiting_actor(None));
 }
 
 #[test]
 fn an_instruction_that_waited_needs_the_restart() {
-    let mutation = Mutation {
-        no_restart: true,
-        ..Mutation::default()
-    };
+    let mutation = Some(Mutation::NoRestart);
     assert!(fails(move || waiting_actor(mutation)));
 }
 
 /// Invariants 5 and 7: two actors on each other's ranges, and a sleeper (6).
-fn crossing(mutation: Mutation) {
+fn crossing(mutation: Option<Mutation>) {
     let trace = Arc::new(TraceSystem::mutated(3, Arc::new(AlwaysSensed), mutation));
     establish(&trace, A, L);
     establish(&trace, B, T);
@@ -357,23 +342,17 @@ fn crossing(mutation: Mutation) {
 
 #[test]
 fn invariants_5_6_and_7() {
-    check(|| crossing(Mutation::default()));
+    check(|| crossing(None));
 }
 
 #[test]
 fn invariant_5_needs_single_notices() {
-    let mutation = Mutation {
-        notify_twice: true,
-        ..Mutation::default()
-    };
+    let mutation = Some(Mutation::NotifyTwice);
     assert!(fails(move || crossing(mutation)));
 }
 
 #[test]
 fn invariant_7_needs_waiting_at_a_boundary() {
-    let mutation = Mutation {
-        wait_running: true,
-        ..Mutation::default()
-    };
+    let mutation = Some(Mutation::WaitRunning);
     assert!(fails(move || crossing(mutation)));
 }

@@ -28,7 +28,7 @@ impl Observer for Log {
         self.clock.fetch_add(1, SeqCst)
     }
     fn record(&self, place: Place, record: &Record) {
-        self.records.lock().unwrap().push((place, *record));
+        self.records.lock().unwrap().push((place, record.clone()));
     }
 }
 
@@ -159,7 +159,7 @@ fn a_running_consumer_is_seen_to_stall() {
     let find = |wanted: &dyn Fn(&Record) -> bool| {
         let mut found = records.iter().filter(|(_, record)| wanted(record));
         match (found.next(), found.next()) {
-            (Some(one), None) => *one,
+            (Some(one), None) => one.clone(),
             _ => panic!("{records:#?}"),
         }
     };

@@ -160,7 +160,7 @@ impl From<&Record> for Event {
         match *record {
             Record::Acted {
                 span,
-                notification: n,
+                notification: ref n,
                 sense,
                 consumers,
                 awaited,
@@ -181,7 +181,7 @@ impl From<&Record> for Event {
             },
             Record::Applied {
                 span,
-                notice: Notice::Notification(n),
+                notice: Notice::Notification(ref n),
             } => Self {
                 kind: n.kind,
                 semantics: n.semantics,
