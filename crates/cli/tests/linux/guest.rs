@@ -112,6 +112,8 @@ pub struct Start<'a> {
     pub then: &'a str,
     /// Seconds.
     pub limit: u32,
+    /// Further options of `trapline run`.
+    pub options: &'a [&'a str],
 }
 
 impl Start<'_> {
@@ -132,7 +134,8 @@ impl Start<'_> {
             .arg(file("initramfs.cpio"))
             .args(["--cmdline", &cmdline, "--memory", "size=512M"])
             .args(["--cpus", &format!("boot={}", self.vcpus)])
-            .args(["--timeout", &self.limit.to_string()]);
+            .args(["--timeout", &self.limit.to_string()])
+            .args(self.options);
         command
     }
 

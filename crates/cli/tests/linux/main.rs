@@ -18,6 +18,7 @@ fn start(vcpus: u32, run: &str) -> Guest {
         run: Some(run),
         then: "poweroff",
         limit: 300,
+        options: &[],
     }
     .on_pipes()
 }
@@ -93,6 +94,7 @@ fn a_reboot_starts_the_guest_again_and_sigterm_ends_it() {
         run: Some("echo ran"),
         then: "reboot",
         limit: 300,
+        options: &[],
     }
     .on_pipes();
     guest.wait_for(UP, 2);
@@ -128,8 +130,20 @@ fn program() -> &'static Path {
 
 /// The stress program gives the same results in the guest as on the real processor.
 fn stress(vcpus: u32, options: &str) {
+    stress_under(vcpus, options, &[]);
+}
+
+/// As [`stress`], with further options of `trapline run`.
+fn stress_under(vcpus: u32, options: &str, run_options: &[&str]) {
     let program = program();
-    let guest = start(vcpus, &format!("stress-trapline --timeout 120 {options}"));
+    let guest = Start {
+        vcpus,
+        run: Some(&format!("stress-trapline --timeout 120 {options}")),
+        then: "poweroff",
+        limit: 300,
+        options: run_options,
+    }
+    .on_pipes();
     let (status, said) = guest.end();
     let here = Command::new(program)
         .args(options.split_whitespace())
@@ -158,6 +172,40 @@ fn stress_with_8_vcpus() {
     stress(8, "--percent 30 --threads 8");
 }
 
+/// Options that make the traces stricter, weaker where a guest may bear it, and busier than the
+/// defaults (\[0075\] and \[0084\] of the seed).
+const BRACKETING: [&str; 2] = ["--trace-semantics", "all=bracketing"];
+const POST_WRITE_SYNC: [&str; 2] = ["--trace-semantics", "all=post-write-sync"];
+const EVERYONE: [&str; 2] = ["--trace-notify", "all"];
+
+#[test]
+fn stress_with_2_vcpus_everything_bracketing() {
+    stress_under(2, "--percent 10", &BRACKETING);
+}
+
+#[test]
+fn stress_with_4_vcpus_everything_post_write_sync() {
+    stress_under(4, "--percent 10", &POST_WRITE_SYNC);
+}
+
+#[test]
+fn stress_with_8_vcpus_everyone_notified() {
+    stress_under(8, "--percent 5 --threads 8", &EVERYONE);
+}
+
+/// Takes minutes: `cargo test --release --package trapline --test linux -- --ignored --nocapture
+/// stress_under_every_override`.
+#[test]
+#[ignore = "takes minutes"]
+fn stress_under_every_override() {
+    for options in [&BRACKETING, &POST_WRITE_SYNC, &EVERYONE] {
+        for vcpus in [1, 2, 4, 8] {
+            println!("{vcpus} VCPUs, {options:?}");
+            stress_under(vcpus, "--percent 30", options);
+        }
+    }
+}
+
 /// Processor time that a process has used.
 fn processor_time(process: u32) -> Duration {
     let stat = std::fs::read_to_string(format!("/proc/{process}/stat")).unwrap();
@@ -179,6 +227,7 @@ fn the_console_takes_input_and_an_idle_guest_costs_nothing() {
         run: None,
         then: "poweroff",
         limit: 300,
+        options: &[],
     }
     .on_pipes();
     guest.wait_for(UP, 1);
@@ -216,6 +265,7 @@ fn ctrl_a_x_leaves_a_terminal() {
         run: None,
         then: "poweroff",
         limit: 120,
+        options: &[],
     }
     .on_terminal(controller, user);
     guest.wait_for("Linux version", 1);
