@@ -5,7 +5,7 @@ use trapline_x86::control::{cr0, rflags};
 use trapline_x86::{CpuState, Exception, Gpr, Mode, SegmentRegister};
 
 use super::address::{mask, memory_segment, register_value, set_register, set_sized};
-use super::segments_descriptor::system_type;
+use super::segments::descriptor::system_type;
 use super::{Executed, Flow, address};
 use crate::access::{Core, Fault};
 use crate::env::Environment;

@@ -6,41 +6,19 @@ pub mod address;
 mod bits;
 pub mod control;
 pub mod events;
-mod events_return;
-#[cfg(test)]
-mod events_tests;
 mod host;
 mod io;
 mod masked;
 pub mod run;
 mod segments;
-mod segments_descriptor;
-mod segments_load;
-#[cfg(test)]
-mod segments_tests;
 pub mod stack;
-pub mod stack_access;
 mod strings;
 mod syscall;
 mod system;
-mod system_control;
-mod system_debug;
-mod system_flags;
-#[cfg(test)]
-mod system_fuzz;
-#[cfg(test)]
-mod system_tests;
-mod system_translation;
 #[cfg(test)]
 mod tests_support;
 mod transfer;
-mod transfer_return;
-mod transfer_stack;
-mod transfer_task;
 pub mod xstate;
-mod xstate_image;
-#[cfg(test)]
-mod xstate_tests;
 
 pub use system::{execute, handles};
 

@@ -3,11 +3,11 @@
 use trapline_x86::segment::Rights;
 use trapline_x86::{Exception, Mode, Segment, SegmentRegister};
 
-use super::segments_descriptor::{self as descriptors, selector_error, system_type};
-use super::transfer_return::virtual_segment;
-use super::transfer_stack;
 use crate::access::{Core, Fault};
 use crate::env::Environment;
+use crate::step::segments::descriptor::{self as descriptors, selector_error, system_type};
+use crate::step::transfer::far_return::virtual_segment;
+use crate::step::transfer::stack;
 
 /// What a load of `selector` into a data or stack segment register puts there. Sets the
 /// descriptor's accessed bit; changes no register.
@@ -37,7 +37,7 @@ fn stack_segment<E: Environment>(core: &mut Core<'_, E>, selector: u16) -> Resul
     let rpl = selector as u8 & 3;
     if descriptors::is_null(selector) {
         if core.cpu.mode() == Mode::Long64 && cpl < 3 && rpl == cpl {
-            return Ok(transfer_stack::null_stack_segment(cpl));
+            return Ok(stack::null_stack_segment(cpl));
         }
         return Err(Exception::general_protection(0).into());
     }

@@ -6,11 +6,13 @@ use trapline_x86::control::{cr0, rflags};
 use trapline_x86::segment::Rights;
 use trapline_x86::{CpuState, Exception, Mode, Segment, SegmentRegister};
 
-use super::segments_descriptor::{self as descriptors, Descriptor, selector_error, system_type};
-use super::stack_access::Stack;
-use super::transfer_return::virtual_segment;
 use crate::access::{Core, Fault};
 use crate::env::Environment;
+use crate::step::segments::descriptor::{
+    self as descriptors, Descriptor, selector_error, system_type,
+};
+use crate::step::stack::access::Stack;
+use crate::step::transfer::far_return::virtual_segment;
 use crate::tlb::Privilege;
 
 /// Offsets within a 32-bit TSS (SDM vol. 3, figure 7-2).

@@ -3,9 +3,9 @@
 use trapline_x86::segment::Rights;
 use trapline_x86::{CpuState, Exception, Segment};
 
-use super::segments_descriptor::{self as descriptors, selector_error, system_type};
 use crate::access::{Core, Fault};
 use crate::env::Environment;
+use crate::step::segments::descriptor::{self as descriptors, selector_error, system_type};
 use crate::tlb::Privilege;
 
 /// Offset of RSP0 in a 64-bit TSS.

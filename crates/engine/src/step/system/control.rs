@@ -5,12 +5,12 @@ use trapline_x86::control::{cr0, cr3, cr4, efer};
 use trapline_x86::segment::Rights;
 use trapline_x86::{CpuState, Exception, Gpr, Mode};
 
-use super::address::set_register;
-use super::segments::{self, require_kernel};
-use super::system::{self, edx_eax, general_protection, register_number, set_edx_eax};
-use super::{Executed, Flow};
 use crate::access::Core;
 use crate::env::Environment;
+use crate::step::address::set_register;
+use crate::step::segments::{self, require_kernel};
+use crate::step::system::{self, edx_eax, general_protection, register_number, set_edx_eax};
+use crate::step::{Executed, Flow};
 
 /// The bits of CR0 that exist.
 const CR0_DEFINED: u64 = cr0::PE
@@ -195,7 +195,7 @@ fn write_cr4<E: Environment>(core: &mut Core<'_, E>, value: u64) -> Executed {
 
 /// Which of the enabled state components are not in their initial configuration.
 fn in_use(cpu: &CpuState) -> u64 {
-    super::xstate_image::in_use(&cpu.vector) & cpu.xcr0
+    crate::step::xstate::image::in_use(&cpu.vector) & cpu.xcr0
 }
 
 fn xgetbv<E: Environment>(core: &mut Core<'_, E>) -> Executed {

@@ -1,16 +1,20 @@
 //! Saving and restoring extended state: FXSAVE, XSAVE and their kin, MXCSR, VZEROUPPER (SDM
 //! vol. 1, chapter 13; vol. 2).
 
+pub mod image;
+#[cfg(test)]
+mod tests;
+
 use iced_x86::{Instruction, Mnemonic};
 use trapline_x86::control::{cr0, cr4};
 use trapline_x86::{CpuState, Exception, Mode};
 
-use super::segments::require_kernel;
-use super::system::edx_eax;
-use super::xstate_image::{self as image, AVX_BIT, SSE_BIT, X87_BIT};
-use super::{Executed, Flow, address};
+use self::image::{AVX_BIT, SSE_BIT, X87_BIT};
 use crate::access::{Core, Fault};
 use crate::env::Environment;
+use crate::step::segments::require_kernel;
+use crate::step::system::edx_eax;
+use crate::step::{Executed, Flow, address};
 use crate::tlb::{Access, Privilege};
 
 /// XCOMP_BV: the area has the compacted form.

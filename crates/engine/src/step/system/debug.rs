@@ -4,12 +4,12 @@ use iced_x86::{Code, Instruction};
 use trapline_x86::Exception;
 use trapline_x86::control::{cr4, dr6, dr7};
 
-use super::address::set_register;
-use super::segments::require_kernel;
-use super::system::{self, general_protection, register_number};
-use super::{Executed, Flow};
 use crate::access::Core;
 use crate::env::Environment;
+use crate::step::address::set_register;
+use crate::step::segments::require_kernel;
+use crate::step::system::{self, general_protection, register_number};
+use crate::step::{Executed, Flow};
 
 /// The bits of DR6 that a MOV writes.
 const DR6_WRITABLE: u64 = dr6::B | dr6::BD | dr6::BS | dr6::BT;

@@ -1,18 +1,24 @@
 //! Everything that is privileged, sensitive or far: which module executes it, and the small ones.
 
+mod control;
+mod debug;
+mod flags;
+#[cfg(test)]
+mod fuzz;
+#[cfg(test)]
+mod tests;
+mod translation;
+
 use iced_x86::{Code, Instruction, Mnemonic, OpKind, Register};
 use trapline_x86::control::{cr4, rflags};
 use trapline_x86::state::Activity;
 use trapline_x86::{CpuState, Exception, Gpr, Mode};
 
-use super::address::{self, register_value, set_register};
-use super::segments::{self, require_kernel};
-use super::{
-    Executed, Flow, events, events_return, io, syscall, system_control, system_debug, system_flags,
-    system_translation, transfer, transfer_return, xstate,
-};
 use crate::access::{Core, Fault};
 use crate::env::Environment;
+use crate::step::address::{self, register_value, set_register};
+use crate::step::segments::{self, require_kernel};
+use crate::step::{Executed, Flow, events, io, syscall, transfer, xstate};
 use crate::tlb::{Access, Privilege};
 
 /// Which module executes an instruction.
@@ -241,13 +247,13 @@ pub fn execute<E: Environment>(core: &mut Core<'_, E>, instr: &Instruction) -> E
     match group(instr) {
         Some(Group::Segments) => segments::execute(core, instr),
         Some(Group::FarTransfer) => transfer::execute(core, instr),
-        Some(Group::FarReturn) => transfer_return::far_return(core, instr),
-        Some(Group::InterruptReturn) => events_return::execute(core, instr),
+        Some(Group::FarReturn) => transfer::far_return::far_return(core, instr),
+        Some(Group::InterruptReturn) => events::interrupt_return::execute(core, instr),
         Some(Group::FastCall) => syscall::execute(core, instr),
-        Some(Group::Control) => system_control::execute(core, instr),
-        Some(Group::Debug) => system_debug::execute(core, instr),
-        Some(Group::Translation) => system_translation::execute(core, instr),
-        Some(Group::Flags) => system_flags::execute(core, instr),
+        Some(Group::Control) => control::execute(core, instr),
+        Some(Group::Debug) => debug::execute(core, instr),
+        Some(Group::Translation) => translation::execute(core, instr),
+        Some(Group::Flags) => flags::execute(core, instr),
         Some(Group::ExtendedState) => xstate::execute(core, instr),
         Some(Group::Ports) => io::execute(core, instr),
         Some(Group::Interrupt) => interrupt(core, instr),

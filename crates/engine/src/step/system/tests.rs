@@ -5,8 +5,8 @@ use trapline_x86::control::{cr0, cr3, cr4, dr6, efer, rflags};
 use trapline_x86::state::{Activity, InterruptShadow};
 use trapline_x86::{Exception, Gpr, Mode, Vector};
 
-use super::Flow;
-use super::tests_support::*;
+use crate::step::Flow;
+use crate::step::tests_support::*;
 
 const SYSCALL: &[u8] = &[0x0f, 0x05];
 const SYSRETQ: &[u8] = &[0x48, 0x0f, 0x07];
@@ -21,8 +21,8 @@ const fn to_cr(n: u8) -> [u8; 3] {
 const fn from_cr(n: u8) -> [u8; 3] {
     [0x0f, 0x20, 0xc0 | n << 3]
 }
-const GP: super::Executed = raises(Exception::general_protection(0));
-const UD: super::Executed = raises(Exception::invalid_opcode());
+const GP: crate::step::Executed = raises(Exception::general_protection(0));
+const UD: crate::step::Executed = raises(Exception::invalid_opcode());
 
 fn with_syscall(level: u8) -> Rig {
     let mut rig = Rig::long();

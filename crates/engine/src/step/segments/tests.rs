@@ -5,22 +5,22 @@ use trapline_x86::segment::{Rights, TableRegister};
 use trapline_x86::state::InterruptShadow;
 use trapline_x86::{Exception, Gpr, Mode, Segment, SegmentRegister};
 
-use super::Flow;
-use super::tests_support::*;
+use crate::step::Flow;
+use crate::step::tests_support::*;
 
-const GP: super::Executed = raises(Exception::general_protection(0));
-const UD: super::Executed = raises(Exception::invalid_opcode());
+const GP: crate::step::Executed = raises(Exception::general_protection(0));
+const UD: crate::step::Executed = raises(Exception::invalid_opcode());
 /// mov ds, eax
 const MOV_DS: &[u8] = &[0x8e, 0xd8];
 /// mov ss, eax
 const MOV_SS: &[u8] = &[0x8e, 0xd0];
 
-fn load(rig: &mut Rig, instr: &[u8], selector: u16) -> super::Executed {
+fn load(rig: &mut Rig, instr: &[u8], selector: u16) -> crate::step::Executed {
     rig.cpu.set_gpr(Gpr::Rax, u64::from(selector));
     rig.run(instr)
 }
 
-fn gp(selector: u16) -> super::Executed {
+fn gp(selector: u16) -> crate::step::Executed {
     raises(Exception::general_protection(u32::from(selector & !3)))
 }
 

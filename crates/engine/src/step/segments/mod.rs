@@ -1,17 +1,23 @@
 //! Instructions on segment registers and descriptor tables (SDM vol. 3, chapters 2, 3 and 5).
 
+pub mod descriptor;
+pub mod load;
+#[cfg(test)]
+mod tests;
+
 use iced_x86::{Code, Instruction, Mnemonic, OpKind, Register};
 use trapline_x86::control::{cr0, cr4, rflags};
 use trapline_x86::segment::TableRegister;
 use trapline_x86::state::InterruptShadow;
 use trapline_x86::{CpuState, Exception, Mode, SegmentRegister};
 
-use super::address::{self, register_value, segment_register, set_register};
-use super::segments_descriptor::{self as descriptors, Descriptor, system_type};
-use super::stack_access::Stack;
-use super::{Executed, Flow, events, segments_load, stack_access, transfer};
 use crate::access::{Core, Fault};
 use crate::env::Environment;
+use crate::step::address::{self, register_value, segment_register, set_register};
+use crate::step::segments::descriptor::{self as descriptors, Descriptor, system_type};
+use crate::step::stack::access as stack_access;
+use crate::step::stack::access::Stack;
+use crate::step::{Executed, Flow, events, transfer};
 use crate::tlb::{Access, Privilege};
 
 /// Executes one of them.
@@ -101,7 +107,7 @@ fn load<E: Environment>(
     register: SegmentRegister,
     selector: u16,
 ) -> Executed {
-    *core.cpu.segment_mut(register) = segments_load::segment(core, register, selector)?;
+    *core.cpu.segment_mut(register) = load::segment(core, register, selector)?;
     Ok(if register == SegmentRegister::Ss {
         Flow::Leave
     } else {
@@ -187,9 +193,9 @@ fn load_system_segment<E: Environment>(core: &mut Core<'_, E>, instr: &Instructi
     require_kernel(core.cpu)?;
     let selector = read_operand16(core, instr, 0)?;
     if instr.mnemonic() == Mnemonic::Lldt {
-        core.cpu.ldtr = segments_load::local_table(core, selector)?;
+        core.cpu.ldtr = load::local_table(core, selector)?;
     } else {
-        core.cpu.tr = segments_load::task_register(core, selector)?;
+        core.cpu.tr = load::task_register(core, selector)?;
     }
     Ok(Flow::Next)
 }

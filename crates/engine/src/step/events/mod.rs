@@ -1,17 +1,23 @@
 //! Delivery of interrupts and exceptions (SDM vol. 3, chapter 6; 20.1.4 for real mode).
 
+pub mod interrupt_return;
+#[cfg(test)]
+mod tests;
+
 use trapline_x86::control::{cr0, dr7, rflags};
 use trapline_x86::exception::selector_error::{EXT, IDT};
 use trapline_x86::segment::Rights;
 use trapline_x86::state::{Activity, InterruptShadow};
 use trapline_x86::{CpuState, Exception, Gpr, Mode, Segment, SegmentRegister, Vector};
 
-use super::segments_descriptor::{self as descriptors, Descriptor, selector_error, system_type};
-use super::stack_access::Stack;
-use super::transfer_stack;
-use super::transfer_task::{self, TaskSwitch};
 use crate::access::{Core, Fault};
 use crate::env::{Environment, Restart};
+use crate::step::segments::descriptor::{
+    self as descriptors, Descriptor, selector_error, system_type,
+};
+use crate::step::stack::access::Stack;
+use crate::step::transfer;
+use crate::step::transfer::task::{self, TaskSwitch};
 use crate::tlb::Privilege;
 
 /// Something that is delivered through the interrupt descriptor table.
@@ -301,7 +307,7 @@ fn enter_handler(cpu: &mut CpuState, gate: &Descriptor, code: &Descriptor, level
 fn deliver_protected<E: Environment>(core: &mut Core<'_, E>, plan: &Plan) -> Result<(), Fault> {
     let gate = gate(core, plan)?;
     if gate.rights().kind() == system_type::TASK_GATE {
-        return transfer_task::switch(
+        return task::switch(
             core,
             TaskSwitch::Event {
                 error: plan.error,
@@ -344,7 +350,7 @@ fn deliver_protected<E: Environment>(core: &mut Core<'_, E>, plan: &Plan) -> Res
         add(u64::from(error));
     }
     let mut stack = if inner {
-        let (segment, pointer) = transfer_stack::inner_stack(core, level, plan.ext)?;
+        let (segment, pointer) = transfer::stack::inner_stack(core, level, plan.ext)?;
         let error = selector_error(segment.selector) | plan.ext;
         Stack::in_segment(core.cpu, segment, pointer, level, error)
     } else {
@@ -380,9 +386,9 @@ fn deliver_long<E: Environment>(core: &mut Core<'_, E>, plan: &Plan) -> Result<(
     let ist = (gate.raw >> 32 & 7) as u8;
     let inner = level != core.cpu.cpl();
     let top = if ist != 0 {
-        transfer_stack::interrupt_stack(core, ist, plan.ext)?
+        transfer::stack::interrupt_stack(core, ist, plan.ext)?
     } else if inner {
-        transfer_stack::inner_pointer(core, level, plan.ext)?
+        transfer::stack::inner_pointer(core, level, plan.ext)?
     } else {
         core.cpu.gpr(Gpr::Rsp)
     };
@@ -402,7 +408,7 @@ fn deliver_long<E: Environment>(core: &mut Core<'_, E>, plan: &Plan) -> Result<(
     descriptors::mark_accessed(core, &code)?;
     let cpu = &mut *core.cpu;
     if inner {
-        *cpu.segment_mut(SegmentRegister::Ss) = transfer_stack::null_stack_segment(level);
+        *cpu.segment_mut(SegmentRegister::Ss) = transfer::stack::null_stack_segment(level);
     }
     cpu.set_gpr(Gpr::Rsp, stack.pointer);
     enter_handler(cpu, &gate, &code, level, rip);

@@ -5,9 +5,9 @@ use trapline_x86::control::{cr4, rflags};
 use trapline_x86::segment::Rights;
 use trapline_x86::{CpuState, Exception, Gpr, Mode, Segment};
 
-use super::address::{mask, set_sized};
 use crate::access::{Core, Fault};
 use crate::env::Environment;
+use crate::step::address::{mask, set_sized};
 use crate::tlb::Privilege;
 
 /// The most values that one event or instruction pushes at a time.

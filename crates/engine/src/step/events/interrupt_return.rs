@@ -5,13 +5,13 @@ use trapline_x86::control::rflags;
 use trapline_x86::state::InterruptShadow;
 use trapline_x86::{CpuState, Exception, Gpr, Mode, SegmentRegister};
 
-use super::segments_descriptor as descriptors;
-use super::stack_access::Stack;
-use super::transfer_return::{self as returns, virtual_segment};
-use super::transfer_task;
-use super::{Executed, Flow, events};
 use crate::access::Core;
 use crate::env::Environment;
+use crate::step::segments::descriptor as descriptors;
+use crate::step::stack::access::Stack;
+use crate::step::transfer::far_return::{self as returns, virtual_segment};
+use crate::step::transfer::task;
+use crate::step::{Executed, Flow, events};
 
 /// Flags that any IRET may change.
 const ANYONE: u64 = rflags::STATUS | rflags::TF | rflags::DF | rflags::NT;
@@ -89,7 +89,7 @@ fn protected<E: Environment>(core: &mut Core<'_, E>, size: usize, next: u64) -> 
         if core.cpu.long_mode() {
             return Err(Exception::general_protection(0).into());
         }
-        transfer_task::return_to_caller(core, next)?;
+        task::return_to_caller(core, next)?;
         return Ok(Flow::Jump);
     }
     let mut stack = Stack::current(core.cpu);

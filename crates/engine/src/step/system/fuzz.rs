@@ -5,9 +5,9 @@ use trapline_x86::control::{cr0, cr4, efer, rflags};
 use trapline_x86::segment::Rights;
 use trapline_x86::{Exception, SegmentRegister};
 
-use super::events::Event;
-use super::tests_support::*;
 use crate::access::Fault;
+use crate::step::events::Event;
+use crate::step::tests_support::*;
 
 /// A xorshift generator: the same cases every time.
 struct Cases(u64);
@@ -137,11 +137,11 @@ fn nothing_panics() {
         disturb(rig, &mut cases);
         let bits = rig.cpu.mode().bits();
         let instr = Decoder::with_ip(bits, &bytes, rig.cpu.rip, DecoderOptions::NONE).decode();
-        if instr.is_invalid() || !super::handles(&instr) {
+        if instr.is_invalid() || !crate::step::handles(&instr) {
             continue;
         }
         executed += 1;
-        let result = super::execute(&mut rig.core(), &instr);
+        let result = crate::step::execute(&mut rig.core(), &instr);
         let event = match result {
             Err(Fault::Exception(e)) => Event::Exception(e),
             _ => match cases.next() % 3 {

@@ -5,10 +5,11 @@ use trapline_x86::control::rflags;
 use trapline_x86::state::InterruptShadow;
 use trapline_x86::{Exception, Mode};
 
-use super::system::general_protection;
-use super::{Executed, Flow, stack_access};
 use crate::access::Core;
 use crate::env::Environment;
+use crate::step::stack::access as stack_access;
+use crate::step::system::general_protection;
+use crate::step::{Executed, Flow};
 
 /// Executes one of them.
 ///

@@ -1,16 +1,22 @@
 //! Far jumps and calls: to code segments, through call gates, to tasks (SDM vol. 3, 5.8).
 
+pub mod far_return;
+pub mod stack;
+pub mod task;
+
 use iced_x86::{Code, Instruction, OpKind};
 use trapline_x86::segment::Rights;
 use trapline_x86::{CpuState, Exception, Gpr, SegmentRegister};
 
-use super::segments_descriptor::{self as descriptors, Descriptor, selector_error, system_type};
-use super::stack_access::Stack;
-use super::transfer_return::{self as returns};
-use super::transfer_task::{self, TaskSwitch};
-use super::{Executed, Flow, address, events, transfer_stack};
+use self::far_return as returns;
+use self::task::TaskSwitch;
 use crate::access::{Core, Fault};
 use crate::env::Environment;
+use crate::step::segments::descriptor::{
+    self as descriptors, Descriptor, selector_error, system_type,
+};
+use crate::step::stack::access::Stack;
+use crate::step::{Executed, Flow, address, events};
 use crate::tlb::{Access, Privilege};
 
 /// A far transfer to be made.
@@ -173,7 +179,7 @@ fn task<E: Environment>(
     } else {
         TaskSwitch::Jump { rip }
     };
-    transfer_task::switch(core, reason, selector)
+    task::switch(core, reason, selector)
 }
 
 fn call_gate<E: Environment>(
@@ -262,10 +268,10 @@ fn inner_call<E: Environment>(
     frame[n + 1] = transfer.next;
     n += 2;
     let mut stack = if long {
-        let pointer = transfer_stack::inner_pointer(core, level, 0)?;
+        let pointer = stack::inner_pointer(core, level, 0)?;
         Stack::long(core.cpu, pointer, level)
     } else {
-        let (segment, pointer) = transfer_stack::inner_stack(core, level, 0)?;
+        let (segment, pointer) = stack::inner_stack(core, level, 0)?;
         let error = selector_error(segment.selector);
         Stack::in_segment(core.cpu, segment, pointer, level, error)
     };
@@ -273,7 +279,7 @@ fn inner_call<E: Environment>(
     descriptors::mark_accessed(core, code)?;
     let cpu: &mut CpuState = core.cpu;
     *cpu.segment_mut(SegmentRegister::Ss) = if long {
-        transfer_stack::null_stack_segment(level)
+        stack::null_stack_segment(level)
     } else {
         stack.segment
     };

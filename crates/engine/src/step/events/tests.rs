@@ -5,11 +5,12 @@ use trapline_x86::segment::Rights;
 use trapline_x86::state::{Activity, InterruptShadow};
 use trapline_x86::{Exception, Gpr, Mode, Segment, SegmentRegister, Vector};
 
-use super::events::{Delivered, Event};
-use super::tests_support::*;
-use super::{Flow, transfer_return::virtual_segment};
 use crate::access::Fault;
 use crate::env::Restart;
+use crate::step::Flow;
+use crate::step::events::{Delivered, Event};
+use crate::step::tests_support::*;
+use crate::step::transfer::far_return::virtual_segment;
 use crate::tlb::Privilege;
 
 const IRETQ: &[u8] = &[0x48, 0xcf];
@@ -431,7 +432,7 @@ fn a_missing_handler_segment_or_stack_is_reported_with_its_selector() {
     rig.set_level(3);
     rig.write32(TSS + 8, u32::from(READ_ONLY));
     let deliver = |rig: &mut Rig| {
-        super::events::deliver(&mut rig.core(), Event::Interrupt(0x30)).map(|()| Flow::Jump)
+        crate::step::events::deliver(&mut rig.core(), Event::Interrupt(0x30)).map(|()| Flow::Jump)
     };
     let ts = Exception::invalid_tss(u32::from(READ_ONLY) | 1);
     assert_eq!(deliver(&mut rig), Err(Fault::Exception(ts)));

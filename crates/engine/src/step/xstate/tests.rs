@@ -4,13 +4,13 @@ use trapline_x86::control::{cr0, cr4, rflags};
 use trapline_x86::vector::MXCSR_RESET;
 use trapline_x86::{Exception, Gpr, Mode, Segment};
 
-use super::Flow;
-use super::tests_support::*;
-use super::xstate_image as image;
+use crate::step::Flow;
+use crate::step::tests_support::*;
+use crate::step::xstate::image;
 
-const GP: super::Executed = raises(Exception::general_protection(0));
-const UD: super::Executed = raises(Exception::invalid_opcode());
-const NM: super::Executed = raises(Exception::device_not_available());
+const GP: crate::step::Executed = raises(Exception::general_protection(0));
+const UD: crate::step::Executed = raises(Exception::invalid_opcode());
+const NM: crate::step::Executed = raises(Exception::device_not_available());
 /// All with the operand [rbx].
 const FXSAVE64: &[u8] = &[0x48, 0x0f, 0xae, 0x03];
 const FXSAVE: &[u8] = &[0x0f, 0xae, 0x03];

@@ -5,12 +5,13 @@ use iced_x86::{Code, Instruction};
 use trapline_x86::segment::Rights;
 use trapline_x86::{CpuState, Exception, Gpr, Mode, Segment, SegmentRegister};
 
-use super::address::mask;
-use super::segments_descriptor::{self as descriptors, Descriptor, selector_error};
-use super::stack_access::Stack;
-use super::{Executed, Flow, events, transfer_stack};
 use crate::access::{Core, Fault};
 use crate::env::Environment;
+use crate::step::address::mask;
+use crate::step::segments::descriptor::{self as descriptors, Descriptor, selector_error};
+use crate::step::stack::access::Stack;
+use crate::step::transfer::stack;
+use crate::step::{Executed, Flow, events};
 
 /// Reads and checks the code segment that a return goes to. The selector's RPL is the privilege
 /// level returned to.
@@ -84,7 +85,7 @@ pub fn stack_segment<E: Environment>(
 ) -> Result<Segment, Fault> {
     if descriptors::is_null(selector) {
         if long_code && level < 3 && selector & 3 == u16::from(level) {
-            let mut null = transfer_stack::null_stack_segment(level);
+            let mut null = stack::null_stack_segment(level);
             null.selector = selector;
             return Ok(null);
         }

@@ -1,12 +1,14 @@
 //! PUSH, POP and the stack-frame instructions (SDM vol. 1, 6.2).
 
+pub mod access;
+
 use iced_x86::{Instruction, Mnemonic, OpKind as Operand};
 use trapline_x86::segment::Rights;
 use trapline_x86::{CpuState, Gpr, Mode, SegmentRegister};
 
-use super::{Executed, Flow, address};
 use crate::access::{Core, Fault};
 use crate::env::Environment;
+use crate::step::{Executed, Flow, address};
 use crate::tlb::{Access, Privilege};
 
 /// The stack-address size in bits: 64 in 64-bit mode, else by SS.B.

@@ -4,12 +4,12 @@ use iced_x86::{Instruction, Mnemonic, Register};
 use trapline_x86::control::{cr3, cr4};
 use trapline_x86::{CpuState, Mode};
 
-use super::address::{self, register_value, segment_register};
-use super::segments::require_kernel;
-use super::system::general_protection;
-use super::{Executed, Flow};
 use crate::access::Core;
 use crate::env::Environment;
+use crate::step::address::{self, register_value, segment_register};
+use crate::step::segments::require_kernel;
+use crate::step::system::general_protection;
+use crate::step::{Executed, Flow};
 use crate::tlb::{Access, Privilege};
 
 /// Executes one of them.
