@@ -52,6 +52,37 @@ pub struct Arguments {
 pub enum Command {
     /// Build a machine, boot a kernel on it, and run it to its end
     Run(Box<RunArguments>),
+    /// Tell what files of "run --events" and "run --stats" hold
+    Report(ReportArguments),
+}
+
+const REPORT_HELP: &str = "\
+Example: record a run, read what the traces did, and look at it in a browser
+  trapline run --kernel vmlinuz --cpus boot=2 --events events.json --stats stats.json
+  trapline report events.json stats.json --html events.html
+
+Exit status:
+  0          the report is made
+  64         wrong usage
+  65         a file is unusable
+  71         the host refused to write the report";
+
+/// Tell what files of "run --events" and "run --stats" hold: which VCPU played which role for
+/// which memory, the busiest regions, and how long was waited.
+#[derive(Debug, Args)]
+#[command(after_help = REPORT_HELP)]
+pub struct ReportArguments {
+    /// Files that "run --events" or "run --stats" wrote
+    #[arg(value_name = "PATH", required = true)]
+    pub paths: Vec<PathBuf>,
+
+    /// Write a page for browsers, with a timeline and a map of guest memory
+    #[arg(long, value_name = "OUT")]
+    pub html: Option<PathBuf>,
+
+    /// How many lines each table has at most
+    #[arg(long, value_name = "LINES", default_value_t = 16)]
+    pub top: usize,
 }
 
 /// Build a machine, boot a kernel on it, and run it to its end.
@@ -254,10 +285,12 @@ mod tests {
 
     fn parse(options: &[&str]) -> Result<MachineConfig, String> {
         let fixed = ["trapline", "run", "--kernel", "k"];
-        let Arguments {
-            command: Command::Run(run),
-        } = Arguments::try_parse_from(fixed.iter().chain(options)).map_err(|e| e.to_string())?;
-        Ok(run.config())
+        let arguments =
+            Arguments::try_parse_from(fixed.iter().chain(options)).map_err(|e| e.to_string())?;
+        match arguments.command {
+            Command::Run(run) => Ok(run.config()),
+            Command::Report(_) => Err("no run".into()),
+        }
     }
 
     #[test]

@@ -7,6 +7,7 @@ mod exit_status;
 mod keyed;
 mod log;
 mod report;
+mod seen;
 mod signals;
 mod terminal;
 
@@ -23,6 +24,9 @@ fn main() -> ExitCode {
         Ok(Arguments {
             command: Command::Run(run),
         }) => run_machine(&run),
+        Ok(Arguments {
+            command: Command::Report(report),
+        }) => seen::run(&report),
         Err(error) => report::usage(&error),
     };
     ExitCode::from(status)
