@@ -10,6 +10,7 @@
 .include "lib/smp.inc"
 .include "lib/litmus.inc"
 .include "litmus/code.inc"
+.include "litmus/restart.inc"
 .include "litmus/writes.inc"
 .include "litmus/tables.inc"
 .include "litmus/paging.inc"
@@ -35,6 +36,7 @@ main64:
     LITMUS chain_fresh, 3, code_ready
     LITMUS mutual, 2, code_ready
     LITMUS each_other, 2, code_ready
+    LITMUS restart, 3, restart_ready
     LITMUS crossing, 2
     LITMUS beside, 2
     LITMUS stores, 2

@@ -8,7 +8,7 @@ mod guest;
 use guest::{FAIL, PASS, Run, run};
 
 /// All tests, with the number of VCPUs they need.
-const TESTS: [(&str, u32); 20] = [
+const TESTS: [(&str, u32); 21] = [
     ("order", 2),
     ("halted", 2),
     ("chain", 3),
@@ -16,6 +16,7 @@ const TESTS: [(&str, u32); 20] = [
     ("chain_fresh", 3),
     ("mutual", 2),
     ("each_other", 2),
+    ("restart", 3),
     ("crossing", 2),
     ("beside", 2),
     ("stores", 2),
