@@ -10,9 +10,9 @@ use trapline_machine::config::{
     ConfigError, Device, EngineKind, MAX_VCPUS, SerialMode, TraceNotify, validate_memory,
 };
 use trapline_machine::gdb::GdbAddress;
+use trapline_machine::keyed;
 use trapline_machine::semantics::{NoticeDelays, TraceSemantics};
-
-use crate::keyed;
+use trapline_machine::watch::WatchSpec;
 
 const EXAMPLE: &str = "\
 Example: boot a Linux kernel on two processors, with its console in this terminal
@@ -143,6 +143,22 @@ pub struct RunArguments {
     #[arg(long, value_name = "KIND=SEMANTICS,…")]
     pub trace_semantics: Option<TraceSemantics>,
 
+    /// Report accesses to a range of guest memory; may be given for several
+    ///
+    /// Each access is told with its processor (or device, or debugger), instruction address,
+    /// guest-physical range, and the bytes before and after. HI is the first address behind the
+    /// range. Instruction fetches are no reads; a read-modify-write is a write.
+    /// Example: --watch name=flag,gpa=0x5000-0x5008,access=rw,vcpus=0-1
+    #[arg(
+        long = "watch",
+        value_name = "name=N,gpa=LO-HI,access=r|w|rw,vcpus=all|0-1,semantics=…"
+    )]
+    pub watches: Vec<WatchSpec>,
+
+    /// Write what --watch reports to this file, as one JSON object per line
+    #[arg(long, value_name = "PATH")]
+    pub watch_log: Option<PathBuf>,
+
     /// Let notifications of a kind take this many microseconds to reach their consumers
     #[arg(long, value_name = "KIND=MICROSECONDS,…", hide = true)]
     pub debug_notice_delay: Option<NoticeDelays>,
@@ -225,6 +241,8 @@ impl RunArguments {
                 .map(|ExtraDevice::DmaProbe| Device::DmaProbe)
                 .collect(),
             trace_semantics: self.trace_semantics.clone().unwrap_or_default(),
+            watches: self.watches.clone(),
+            watch_log: self.watch_log.clone(),
             notice_delays: self.debug_notice_delay.clone().unwrap_or_default(),
             gdb: self.gdb.clone(),
         }
@@ -315,6 +333,9 @@ mod tests {
             "--trace-notify=all",
             "--device=dma-probe",
             "--trace-semantics=code=post-write-sync",
+            "--watch=gpa=4-5",
+            "--watch=name=a,gpa=6-7",
+            "--watch-log=w",
             "--debug-notice-delay=code=7",
             "--gdb=1234",
             "--timeout=1.5",
@@ -337,6 +358,11 @@ mod tests {
             trace_notify: TraceNotify::All,
             devices: vec![Device::DmaProbe],
             trace_semantics: "code=post-write-sync".parse().unwrap(),
+            watches: vec![
+                "gpa=4-5".parse().unwrap(),
+                "name=a,gpa=6-7".parse().unwrap(),
+            ],
+            watch_log: Some("w".into()),
             notice_delays: "code=7".parse().unwrap(),
             gdb: Some("127.0.0.1:1234".parse().unwrap()),
         };

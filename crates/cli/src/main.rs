@@ -4,7 +4,6 @@ mod arguments;
 mod console;
 mod escape;
 mod exit_status;
-mod keyed;
 mod log;
 mod report;
 mod seen;
@@ -15,7 +14,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use trapline_machine::config::SerialMode;
-use trapline_machine::{Console, MachineConfig, MachineError, Outcome, StopHandle};
+use trapline_machine::{Console, Control, MachineConfig, MachineError, Outcome, StopHandle};
 
 use arguments::{Arguments, Command, RunArguments};
 
@@ -59,5 +58,5 @@ fn start_and_wait(config: &MachineConfig) -> Result<Outcome, MachineError> {
         SerialMode::File(path) => Console::file(path)?,
         SerialMode::Socket(path) => Console::socket(path)?,
     };
-    trapline_machine::run(config, console, stop)
+    trapline_machine::run(config, console, stop, &Control::default())
 }

@@ -195,6 +195,44 @@ fn memory_that_the_host_refuses() {
 }
 
 #[test]
+fn watches_and_semantics_that_cannot_be() {
+    let path = scratch("unwatched", &multiboot(&[0xeb, 0xfe]));
+    let kernel = path.to_str().unwrap();
+    for (option, hint) in [
+        ("--watch=", "''"),
+        ("--watch=gpa=0x1000", "'0x1000'"),
+        ("--watch=gpa=0x1000-0x1000", "'0x1000-0x1000' is empty"),
+        (
+            "--watch=gpa=0x1001-0x1000",
+            "'0x1001-0x1000' is empty or inverted",
+        ),
+        ("--watch=gpa=0x1ffffff-0x2000001", "RAM is 0x0-0x2000000"),
+        ("--watch=gpa=0xfee00000-0xfee00004", "not all guest RAM"),
+        ("--watch=gpa=0-1,vcpus=2", "VCPU 2"),
+        ("--watch=gpa=0-1,vcpus=1-0", "'1-0'"),
+        ("--watch=gpa=0-1,access=x", "'x'"),
+        ("--watch=gpa=0-1,semantics=soon", "'soon'"),
+        ("--watch=name=,gpa=0-1", "''"),
+        ("--watch=name=a,gpa=0-1,color=red", "'color'"),
+        ("--trace-semantics=", "''"),
+        ("--trace-semantics=code", "'code'"),
+        ("--trace-semantics=cod=bracketing", "'cod'"),
+        ("--trace-semantics=code=soon", "'soon'"),
+        ("--trace-semantics=device=bracketing", "'device'"),
+    ] {
+        let machine = ["--cpus", "boot=2", "--memory", "size=32M"];
+        let arguments = [&["run", "--kernel", kernel][..], &machine, &[option]].concat();
+        refused(&arguments, 64, hint);
+    }
+    let run = ["run", "--kernel", kernel];
+    let twice = ["--watch=name=a,gpa=0-1", "--watch=name=a,gpa=2-3"];
+    refused(&[&run[..], &twice].concat(), 64, "'a'");
+    let log = ["--watch=gpa=0-1", "--watch-log=/nonexistent/x"];
+    refused(&[&run[..], &log].concat(), 71, "/nonexistent/x");
+    std::fs::remove_file(path).unwrap();
+}
+
+#[test]
 fn a_console_that_nobody_reads() {
     // mov dx, 0x3f8; again: mov al, 'x'; out dx, al; jmp again
     let chatter = [0x66, 0xba, 0xf8, 0x03, 0xb0, 0x78, 0xee, 0xeb, 0xfb];

@@ -7,6 +7,7 @@ use thiserror::Error;
 
 use crate::gdb::GdbAddress;
 use crate::semantics::{NoticeDelays, TraceSemantics};
+use crate::watch::{WatchError, WatchSpec};
 
 /// The most VCPUs a machine may have.
 pub const MAX_VCPUS: u8 = 64;
@@ -86,6 +87,10 @@ pub struct MachineConfig {
     pub devices: Vec<Device>,
     /// Semantics that differ from the defaults of their kinds.
     pub trace_semantics: TraceSemantics,
+    /// Ranges of guest memory whose accesses are reported.
+    pub watches: Vec<WatchSpec>,
+    /// Where they are reported, rather than on standard error.
+    pub watch_log: Option<PathBuf>,
     /// For tests.
     pub notice_delays: NoticeDelays,
     /// Where a gdb stub listens.
@@ -111,6 +116,8 @@ pub enum ConfigError {
     ZeroTimeout,
     #[error("{} is given for both --stats and --events: give two paths", .0.display())]
     SameFile(PathBuf),
+    #[error(transparent)]
+    Watch(#[from] WatchError),
 }
 
 impl MachineConfig {
@@ -130,6 +137,8 @@ impl MachineConfig {
             trace_notify: TraceNotify::default(),
             devices: Vec::new(),
             trace_semantics: TraceSemantics::default(),
+            watches: Vec::new(),
+            watch_log: None,
             notice_delays: NoticeDelays::default(),
             gdb: None,
         }
@@ -146,6 +155,13 @@ impl MachineConfig {
         }
         if self.timeout == Some(Duration::ZERO) {
             return Err(ConfigError::ZeroTimeout);
+        }
+        for (n, watch) in self.watches.iter().enumerate() {
+            watch.check(self.vcpus.into(), self.memory_bytes)?;
+            let earlier = self.watches[..n].iter().any(|w| w.name == watch.name);
+            if earlier && !watch.name.is_empty() {
+                return Err(WatchError::NameTaken(watch.name.clone()).into());
+            }
         }
         if let Some(path) = self
             .events

@@ -2,9 +2,11 @@
 
 pub mod config;
 pub mod console;
+pub mod control;
 mod ending;
 pub mod events;
 pub mod gdb;
+pub mod keyed;
 pub mod load;
 mod machine;
 pub mod outcome;
@@ -13,9 +15,11 @@ pub mod semantics;
 mod statistics;
 pub mod stop;
 mod vcpu_thread;
+pub mod watch;
 
 pub use config::MachineConfig;
 pub use console::Console;
+pub use control::Control;
 pub use outcome::{Blame, MachineError, Outcome};
 pub use stop::{StopHandle, StopReason};
 

@@ -22,8 +22,9 @@ use trapline_x86::CpuState;
 use trapline_x86::cpuid::{CpuidConfig, CpuidModel};
 use vm_memory::{Bytes, GuestAddress};
 
-use crate::config::{Device, EngineKind, MachineConfig, TraceNotify};
+use crate::config::{ConfigError, Device, EngineKind, MachineConfig, TraceNotify};
 use crate::console::Console;
+use crate::control::{Control, Live};
 use crate::ending::{End, Ending};
 use crate::events::EventLog;
 use crate::gdb::{Debugger, GdbServer};
@@ -33,6 +34,7 @@ use crate::platform::Buses;
 use crate::statistics::Report;
 use crate::stop::StopHandle;
 use crate::vcpu_thread::VcpuThread;
+use crate::watch::WatchLog;
 
 /// Where the ACPI tables lie: in the area that firmware owns on a PC.
 const ACPI_BASE: u64 = 0xe_0000;
@@ -45,7 +47,7 @@ const FIRMWARE_MTRR_DEF_TYPE: u64 = 1 << 11 | 6;
 const INPUT_RETRY: Duration = Duration::from_millis(5);
 
 /// Builds the machine and runs it to its end. A reset by the guest builds it anew from the same
-/// configuration.
+/// configuration. Whoever has `control` may meanwhile look at the machine and change it.
 ///
 /// # Errors
 /// The configuration, an input file or the host do not allow the machine.
@@ -53,6 +55,7 @@ pub fn run(
     config: &MachineConfig,
     console: Console,
     stop: StopHandle,
+    control: &Control,
 ) -> Result<Outcome, MachineError> {
     config.validate()?;
     if config.engine == EngineKind::Translate {
@@ -71,17 +74,35 @@ pub fn run(
         .as_ref()
         .map(|path| EventLog::create(path, config.vcpus, config.memory_bytes))
         .transpose()?;
+    let watch_log = if config.watches.is_empty() && config.watch_log.is_none() {
+        None
+    } else {
+        let (log, sink) = WatchLog::start(config.watch_log.as_deref())?;
+        control.watches().add_sink(sink);
+        Some(log)
+    };
+    control.configure(config).map_err(ConfigError::from)?;
     let mut report = Report::start();
     let end = loop {
-        let machine = Machine::build(config, output.clone(), tsc_frequency, events.as_ref())?;
+        let machine = Machine::build(
+            config,
+            output.clone(),
+            tsc_frequency,
+            events.as_ref(),
+            control,
+        )?;
         input.connect(Some(machine.chipset.serial_input()));
-        let end = machine.run(&stop, deadline, gdb.as_ref(), &mut report)?;
+        let end = machine.run(&stop, deadline, gdb.as_ref(), &mut report, control)?;
         input.connect(None);
         if end != End::Reset {
             break end;
         }
         tracing::info!(target: "machine", "the guest resets the machine");
     };
+    control.watches().close();
+    if let Some(log) = watch_log {
+        log.finish();
+    }
     if let Some(events) = events {
         report.events(events.finish());
     }
@@ -125,6 +146,7 @@ impl Machine {
         output: SharedOutput,
         tsc_frequency: u64,
         events: Option<&EventLog>,
+        control: &Control,
     ) -> Result<Self, MachineError> {
         let count = usize::from(config.vcpus);
         let memory = GuestMemory::new(config.memory_bytes).map_err(|error| MachineError::Host {
@@ -132,7 +154,7 @@ impl Machine {
             remedy: "give a smaller --memory size",
             source: io::Error::other(error.to_string()),
         })?;
-        let memory = Arc::new(memory);
+        let memory = Arc::new(memory.watched_by(Arc::clone(control.watches())));
         let observing = events.map(EventLog::observing).unwrap_or_default();
         if let Some(events) = events {
             events.power_up();
@@ -140,7 +162,6 @@ impl Machine {
         let trace = TraceSystem::new(count, Arc::clone(&memory) as _).observed(observing);
         let trace = Arc::new(trace);
         trace.set_notify_all(config.trace_notify == TraceNotify::All);
-        config.trace_semantics.apply(&trace);
         config.notice_delays.apply(&trace);
         let ending = Arc::new(Ending::default());
         let breakpoints = Arc::new(Breakpoints::default());
@@ -249,6 +270,7 @@ impl Machine {
         deadline: Option<Instant>,
         gdb: Option<&GdbServer>,
         report: &mut Report,
+        control: &Control,
     ) -> Result<End, MachineError> {
         let platform = Arc::new(Buses {
             chipset: Arc::clone(&self.chipset),
@@ -261,6 +283,9 @@ impl Machine {
         let transfers = self.chipset.spawn_dma(&port).map_err(no_thread)?;
         let ending = Arc::clone(&self.ending);
         stop.on_request(move |reason| ending.announce(End::Stopped(reason)));
+        let attached = control.attach(Live {
+            trace: Arc::clone(&self.trace),
+        });
         let debugger = Debugger::new(
             self.vcpus
                 .iter()
@@ -296,6 +321,7 @@ impl Machine {
             }
         };
         let end = self.ending.wait(deadline);
+        drop(attached);
         report.add(stop_all(threads), &self.trace);
         if let Some(server) = server {
             let _ = server.join();

@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io;
+use std::sync::Arc;
 
 use rustix::fs::{MemfdFlags, memfd_create};
 use trapline_trace::{Actor, Range, Sense, Sensor, TraceSystem, VcpuId, VcpuSet};
@@ -11,6 +12,7 @@ use vm_memory::{
 
 use crate::atomic::{HostBytes, exchange32, exchange64};
 use crate::pages::Pages;
+use crate::watch::{Touch, Watches};
 
 const PAGE_SHIFT: u32 = 12;
 const PAGE: u64 = 1 << PAGE_SHIFT;
@@ -18,6 +20,16 @@ const PAGE: u64 = 1 << PAGE_SHIFT;
 pub const LOW_END: u64 = 3 << 30;
 /// Where RAM goes on.
 pub const HIGH_START: u64 = 4 << 30;
+
+/// The ranges of RAM of a guest with so many bytes.
+pub fn guest_ram(bytes: u64) -> Vec<Range> {
+    let low = bytes.min(LOW_END);
+    let mut ranges = vec![Range::new(0, low)];
+    if bytes > low {
+        ranges.push(Range::new(HIGH_START, HIGH_START + (bytes - low)));
+    }
+    ranges
+}
 
 /// The host does not give the memory.
 #[derive(Debug, thiserror::Error)]
@@ -46,6 +58,7 @@ pub struct GuestMemory {
     mapped: GuestMemoryMmap<()>,
     pieces: Vec<Piece>,
     pages: Pages,
+    watches: Arc<Watches>,
 }
 
 impl GuestMemory {
@@ -90,7 +103,19 @@ impl GuestMemory {
             mapped,
             pieces,
             pages: Pages::new(first_page),
+            watches: Arc::default(),
         })
+    }
+
+    /// Has sensed accesses reported to these watches.
+    #[must_use]
+    pub fn watched_by(self, watches: Arc<Watches>) -> Self {
+        Self { watches, ..self }
+    }
+
+    /// Whoever performs a sensed access does so through them.
+    pub fn watches(&self) -> &Watches {
+        &self.watches
     }
 
     /// For loaders, before any VCPU runs.
@@ -168,8 +193,10 @@ impl GuestMemory {
             let len = room(here).min(data.len() - at);
             let part = &mut data[at..at + len];
             let range = Range::new(here, here.saturating_add(len as u64));
+            let touch = by(actor, &range, Sense::READ);
             let _ = trace.access(actor, &[range], Sense::READ, &mut |_| {}, &mut || {
-                good &= self.read(here, part);
+                let mut read = || good &= self.read(here, part);
+                self.watches.perform(self, touch, &mut read);
             });
             at += len;
         }
@@ -190,8 +217,10 @@ impl GuestMemory {
             let part = &data[at..data.len().min(at + room(here))];
             let range = Range::new(here, here.saturating_add(part.len() as u64));
             // A writer that is no VCPU has nothing to start again.
+            let touch = by(actor, &range, Sense::WRITE);
             let _ = trace.access(actor, &[range], Sense::WRITE, &mut |_| {}, &mut || {
-                good &= self.write_page(here, part);
+                let mut write = || good &= self.write_page(here, part);
+                self.watches.perform(self, touch, &mut write);
             });
             at += part.len();
         }
@@ -232,6 +261,16 @@ impl GuestMemory {
     }
 }
 
+/// The access of an actor that executes no instruction.
+fn by(actor: Actor, range: &Range, sense: Sense) -> Touch<'_> {
+    Touch {
+        actor,
+        rip: None,
+        ranges: std::slice::from_ref(range),
+        sense,
+    }
+}
+
 impl Sensor for GuestMemory {
     fn protect(&self, gpa: u64, sense: Sense) -> VcpuSet {
         self.page(gpa)
@@ -247,7 +286,6 @@ impl Sensor for GuestMemory {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::sync::Arc;
     use trapline_trace::{Kind, TRACE};
 
     #[test]

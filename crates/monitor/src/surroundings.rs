@@ -12,6 +12,7 @@ use trapline_engine::access::Fault;
 use trapline_engine::env::{Backing, Environment, MsrFault, Restart, Span, Translation};
 use trapline_engine::tlb::{Access, Privilege, Tlb};
 use trapline_memory::GuestMemory;
+use trapline_memory::watch::Touch;
 use trapline_trace::observer::Witness;
 use trapline_trace::{Actor, Kind, Notice, Range, Sense, TraceSystem, VcpuId};
 use trapline_x86::cpuid::{CpuidDynamic, CpuidModel};
@@ -26,6 +27,10 @@ use crate::statistics::Exits;
 
 /// PAUSE instructions after which the thread gives up its turn.
 const PAUSES_PER_YIELD: u32 = 16;
+
+/// The bit of a `watch` trace's cookie that says that nobody stops there: accesses are reported
+/// ([`trapline_memory::watch`]), and that is all. Without it, it is a debugger's watchpoint.
+pub const REPORT_ONLY: u64 = 1 << 63;
 
 /// Everything of a sub-VMM but the registers and the TLB.
 pub struct Surroundings {
@@ -137,6 +142,8 @@ impl Surroundings {
 struct WalkMemory<'a> {
     surroundings: &'a mut Surroundings,
     tlb: &'a mut Tlb,
+    /// Of the instruction for which the tables are walked.
+    rip: u64,
     /// A sensed write had to wait and found something changed: the instruction starts again.
     restart: bool,
 }
@@ -157,7 +164,7 @@ impl WalkMemory<'_> {
         let memory = Arc::clone(&s.memory);
         let sensed = s.sensed(
             self.tlb,
-            0,
+            self.rip,
             &[Span { gpa, len: bytes }],
             Access::Write,
             &mut || result = exchange(&memory),
@@ -206,6 +213,7 @@ impl Environment for Surroundings {
         let mut walk_memory = WalkMemory {
             surroundings: self,
             tlb,
+            rip: cpu.rip,
             restart: false,
         };
         let page = paging::walk(cpu, &mut walk_memory, linear, request);
@@ -248,7 +256,7 @@ impl Environment for Surroundings {
     fn sensed(
         &mut self,
         tlb: &mut Tlb,
-        _rip: u64,
+        rip: u64,
         spans: &[Span],
         access: Access,
         perform: &mut dyn FnMut(),
@@ -256,6 +264,12 @@ impl Environment for Surroundings {
         self.exits.sensed += 1;
         let ranges = spans.iter().map(|&s| range(s)).collect::<Vec<_>>();
         let (code, memory, vcpu) = (&mut self.code, &*self.memory, self.vcpu);
+        let touch = Touch {
+            actor: Actor::Vcpu(vcpu),
+            rip: Some(rip),
+            ranges: &ranges,
+            sense: sense(access),
+        };
         let mut watchpoint = None;
         self.trace
             .access(
@@ -266,12 +280,13 @@ impl Environment for Surroundings {
                     if let Notice::Notification(n) = &notice
                         && n.kind == Kind::Watch
                         && n.actor == Actor::Vcpu(vcpu)
+                        && n.cookie & REPORT_ONLY == 0
                     {
                         watchpoint = Some(n.cookie);
                     }
                     Self::apply(code, memory, vcpu, tlb, &notice);
                 },
-                perform,
+                &mut || memory.watches().perform(memory, touch, perform),
             )
             .map_err(|_| Restart)?;
         if watchpoint.is_some() {
@@ -284,19 +299,25 @@ impl Environment for Surroundings {
     fn exclusive(
         &mut self,
         tlb: &mut Tlb,
-        _rip: u64,
+        rip: u64,
         spans: &[Span],
         perform: &mut dyn FnMut(),
     ) -> Result<(), Restart> {
         self.exits.split_locks += 1;
         let ranges = spans.iter().map(|&s| range(s)).collect::<Vec<_>>();
         let (code, memory, vcpu) = (&mut self.code, &*self.memory, self.vcpu);
+        let touch = Touch {
+            actor: Actor::Vcpu(vcpu),
+            rip: Some(rip),
+            ranges: &ranges,
+            sense: Sense::BOTH,
+        };
         self.trace
             .exclusive(
                 vcpu,
                 &ranges,
                 &mut |notice| Self::apply(code, memory, vcpu, tlb, &notice),
-                perform,
+                &mut || memory.watches().perform(memory, touch, perform),
             )
             .map_err(|_| Restart)
     }

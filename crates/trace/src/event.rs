@@ -23,6 +23,7 @@ use crate::lane::{Event, Lane};
 use crate::mutation::Mutation;
 use crate::notice::Notice;
 use crate::observer::Record;
+use crate::regions::Region;
 use crate::sync::{Ordering::Relaxed, read};
 use crate::system::{Restart, TraceSystem};
 use crate::vcpu::{VcpuId, VcpuSet};
@@ -121,7 +122,7 @@ impl TraceSystem {
     fn find(&self, lane: &mut Lane, spans: &[Range], sense: Sense) {
         let all = self.notify_all.load(Relaxed) || self.mutated.is(Mutation::NotifyBystanders);
         let everyone = all.then(|| self.rendezvous.all());
-        let semantics = |kind| self.semantics(kind);
+        let semantics = |region: &Region| self.semantics_of(region);
         lane.find(&read(&self.regions), spans, sense, &semantics, everyone);
     }
 

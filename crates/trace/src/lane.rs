@@ -57,14 +57,14 @@ pub struct Lane {
 
 impl Lane {
     /// Collects the events of an access to `spans`: one for each region and contiguous piece of
-    /// the access. `semantics` tells how a kind is notified now; with `everyone`, all of these are
+    /// the access. `semantics` tells how a region is notified now; with `everyone`, all of these are
     /// consumers. Traces of kind `device` are no events of memory.
     pub fn find(
         &mut self,
         regions: &Regions,
         spans: &[Range],
         sense: Sense,
-        semantics: &impl Fn(Kind) -> Semantics,
+        semantics: &impl Fn(&Region) -> Semantics,
         everyone: Option<VcpuSet>,
     ) {
         let Self {
@@ -89,7 +89,7 @@ impl Lane {
                 events.push(Event {
                     id: region.id,
                     kind: region.kind,
-                    semantics: semantics(region.kind),
+                    semantics: semantics(region),
                     region: region.range,
                     cookie: region.cookie,
                     written,

@@ -8,7 +8,7 @@ use std::collections::HashMap;
 use std::hash::{BuildHasher, RandomState};
 
 use crate::intervals::Intervals;
-use crate::kind::{Kind, Range, Sense};
+use crate::kind::{Kind, Range, Semantics, Sense};
 use crate::vcpu::{VcpuId, VcpuSet};
 
 const PAGE_SHIFT: u32 = 12;
@@ -38,6 +38,8 @@ pub struct Region {
     /// What its owner wants to know it by; for kind `device`, which device.
     pub cookie: u64,
     pub consumers: VcpuSet,
+    /// Its own, instead of those of its kind.
+    pub semantics: Option<Semantics>,
 }
 
 type Key = (Range, Kind, Sense, u64);
@@ -137,6 +139,7 @@ impl Regions {
             sense,
             cookie,
             consumers,
+            semantics: None,
         });
         self.by_key.insert(key, slot);
         self.len += 1;
@@ -180,6 +183,15 @@ impl Regions {
             return None;
         }
         self.remove(id)
+    }
+
+    /// Gives a region semantics of its own.
+    pub fn set_semantics(&mut self, id: TraceId, semantics: Semantics) {
+        let place = self.slots.get_mut(id.slot() as usize);
+        let region = place.and_then(|place| place.region.as_mut());
+        if let Some(region) = region.filter(|region| region.id == id) {
+            region.semantics = Some(semantics);
+        }
     }
 
     /// Removes a region.

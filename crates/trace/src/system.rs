@@ -35,7 +35,7 @@ use crate::mailbox::{Attention, TRACE};
 use crate::mutation::{Mutated, Mutation};
 use crate::notice::{Notice, Notification};
 use crate::observer::{Observing, Place, Record};
-use crate::regions::{Regions, TraceId, pages};
+use crate::regions::{Region, Regions, TraceId, pages};
 use crate::rendezvous::{Held, Rendezvous};
 use crate::statistics::{Counters, Totals};
 use crate::sync::{
@@ -142,6 +142,21 @@ impl TraceSystem {
     pub fn semantics(&self, kind: Kind) -> Semantics {
         let word = self.semantics[kind as usize].load(Relaxed);
         Semantics::ALL[(word as usize).min(Semantics::ALL.len() - 1)]
+    }
+
+    /// Gives one trace semantics of its own, instead of those of its kind.
+    pub fn set_trace_semantics(&self, id: TraceId, semantics: Semantics) {
+        self.regions
+            .write()
+            .unwrap_or_else(std::sync::PoisonError::into_inner)
+            .set_semantics(id, semantics);
+    }
+
+    /// The semantics of the events of a trace.
+    pub(crate) fn semantics_of(&self, region: &Region) -> Semantics {
+        region
+            .semantics
+            .unwrap_or_else(|| self.semantics(region.kind))
     }
 
     /// Makes every VCPU a consumer of every event: the null-trace embodiment (\[0075\]).
