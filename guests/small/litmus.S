@@ -16,6 +16,7 @@
 .include "litmus/paging.inc"
 .include "litmus/processor.inc"
 .include "litmus/dma.inc"
+.include "litmus/figures.inc"
 
     .code64
 main64:
@@ -46,6 +47,7 @@ main64:
     LITMUS pushed, 2, processor_ready
     LITMUS gdt, 2
     LITMUS idt, 2
+    LITMUS roles, 6, roles_ready
     LITMUS shootdown, 2, shootdown_ready
     LITMUS present, 2, shootdown_ready
     mov $PROBE, %eax

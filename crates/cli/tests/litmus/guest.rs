@@ -14,7 +14,7 @@ pub const FAIL: i32 = 35;
 static MACHINE: Mutex<()> = Mutex::new(());
 
 /// The built image.
-fn image() -> &'static Path {
+pub fn image() -> &'static Path {
     static IMAGE: OnceLock<PathBuf> = OnceLock::new();
     IMAGE.get_or_init(|| {
         let sources = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../guests/small");

@@ -3,6 +3,7 @@
 //! `guests/small/litmus.S` says what each test does. The time of each is short here; `ten_seconds`
 //! takes longer and is asked for by hand.
 
+mod figures;
 mod guest;
 
 use guest::{FAIL, PASS, Run, run};
