@@ -50,8 +50,6 @@ pub mod field {
     pub const ASSIST: i32 = 184;
     /// 0 while the guest's vector registers are in the host's.
     pub const VECTORS_AWAY: i32 = 192;
-    /// The upper halves of the vector registers are all zero in memory.
-    pub const UPPERS_CLEAR: i32 = 196;
     /// The site by which generated code left.
     pub const EXIT: i32 = 200;
     /// The host's MXCSR.
@@ -63,8 +61,10 @@ pub mod field {
     pub const GS_BASE: i32 = 232;
     /// The target of an indirect call while its return address is pushed.
     pub const TARGET: i32 = 240;
-    /// Scratch.
+    /// What PUSH has read while its stack slot is looked up.
     pub const SPILL: i32 = 248;
+    /// The address of a look-up that missed.
+    pub const MISSED: i32 = 256;
     /// The tables begin.
     pub const TABLES: i32 = 4096;
 }

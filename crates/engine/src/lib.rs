@@ -17,3 +17,4 @@ mod jumps;
 pub mod native;
 pub mod step;
 pub mod tlb;
+pub mod translate;

@@ -7,11 +7,11 @@
 
 #![allow(unsafe_code)]
 
-mod arena;
+pub(crate) mod arena;
 mod emit;
-mod fault;
-mod form;
-mod host;
+pub(crate) mod fault;
+pub(crate) mod form;
+pub(crate) mod host;
 mod registers;
 
 use std::collections::HashMap;
@@ -86,7 +86,7 @@ impl NativeCode {
     /// Reserves the executable memory and, once per process, installs the fault handlers.
     pub fn new() -> Result<Self, NativeError> {
         fault::install()?;
-        let mut arena = Arena::new()?;
+        let mut arena = Arena::new(arena::ARENA_BYTES)?;
         let host_mxcsr = arena.next();
         // Always fits: it is the first.
         let _ = arena.append(&MXCSR_RESET.to_le_bytes());

@@ -58,12 +58,6 @@ pub fn run(
     control: &Control,
 ) -> Result<Outcome, MachineError> {
     config.validate()?;
-    if config.engine == EngineKind::Translate {
-        return Err(MachineError::Unsupported {
-            what: "--engine translate",
-            remedy: "this version steps through all code; use --engine auto",
-        });
-    }
     let deadline = config.timeout.map(|limit| Instant::now() + limit);
     let output = SharedOutput(Arc::new(Mutex::new(console.output)));
     let input = InputThread::spawn(console.input)?;
@@ -138,6 +132,7 @@ struct Machine {
     cpuid: Arc<CpuidModel>,
     ending: Arc<Ending>,
     breakpoints: Arc<Breakpoints>,
+    engine: EngineKind,
 }
 
 impl Machine {
@@ -260,6 +255,7 @@ impl Machine {
             cpuid: Arc::new(cpuid),
             ending,
             breakpoints,
+            engine: config.engine,
         })
     }
 
@@ -295,6 +291,7 @@ impl Machine {
             Arc::clone(&self.memory),
             Arc::clone(&self.trace),
         );
+        let translate = self.engine == EngineKind::Translate;
         let mut threads = Vec::new();
         for (n, (signals, cpu)) in self.vcpus.into_iter().enumerate() {
             let Some(apic) = self.chipset.local_apic(n) else {
@@ -305,7 +302,7 @@ impl Machine {
             let surroundings =
                 move || Surroundings::new(VcpuId::new(n), trace, memory, apic, platform, cpuid);
             let ending = Arc::clone(&self.ending);
-            match VcpuThread::spawn(n as u8, cpu, surroundings, signals, ending) {
+            match VcpuThread::spawn(n as u8, cpu, surroundings, signals, ending, translate) {
                 Ok(thread) => threads.push(thread),
                 Err(error) => {
                     stop_all(threads);

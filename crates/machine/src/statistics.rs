@@ -61,6 +61,8 @@ fn vcpu(index: usize, s: &VcpuStatistics) -> Value {
         "vcpu": index,
         "instructions": s.instructions,
         "blocks": s.blocks,
+        "translated_blocks": s.translated_blocks,
+        "translated_bytes": s.translated_bytes,
         "running_seconds": s.running_ns as f64 / 1e9,
         "halted_seconds": s.halted_ns as f64 / 1e9,
         "tlb_fills": s.tlb_fills,
@@ -80,6 +82,9 @@ fn vcpu(index: usize, s: &VcpuStatistics) -> Value {
             "exceptions": e.exceptions,
             "interrupts": e.interrupts,
             "restarts": e.restarts,
+            "assists": e.assists,
+            "steps": e.steps,
+            "host_faults": e.host_faults,
         },
     })
 }

@@ -40,7 +40,7 @@ pub struct VcpuThread {
 }
 
 impl VcpuThread {
-    /// Starts the VCPU `index` with the registers `cpu`.
+    /// Starts the VCPU `index` with the registers `cpu`, translating its 64-bit code if asked for.
     ///
     /// # Errors
     /// The host has no thread to give.
@@ -50,6 +50,7 @@ impl VcpuThread {
         surroundings: impl FnOnce() -> Surroundings + Send + 'static,
         signals: Arc<Signals>,
         ending: Arc<Ending>,
+        translate: bool,
     ) -> io::Result<Self> {
         let statistics = Arc::new(Mutex::new(VcpuStatistics::default()));
         let (thread_signals, thread_statistics) = (Arc::clone(&signals), Arc::clone(&statistics));
@@ -61,7 +62,7 @@ impl VcpuThread {
                 trace: Arc::clone(&surroundings.trace),
                 vcpu: surroundings.vcpu,
             };
-            let mut vcpu = match Vcpu::new(cpu, surroundings, thread_signals, bootstrap) {
+            let mut vcpu = match Vcpu::new(cpu, surroundings, thread_signals, bootstrap, translate) {
                 Ok(vcpu) => vcpu,
                 Err(error) => return ending.announce(End::HostRefused(error.to_string())),
             };

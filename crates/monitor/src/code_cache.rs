@@ -1,4 +1,5 @@
-//! The decoded code of one VCPU: a derived structure, kept coherent by traces of kind `code`.
+//! The decoded and translated code of one VCPU: a derived structure, kept coherent by traces of
+//! kind `code`.
 //!
 //! Every block has a trace on exactly its bytes, set before they are read for the last time. A
 //! notification removes the blocks that overlap what was written. The cache belongs to its VCPU's
@@ -8,12 +9,15 @@ use std::collections::{HashMap, HashSet};
 use std::rc::Rc;
 
 use trapline_engine::decode::Block;
+use trapline_engine::translate::{BlockId, Translator};
 use trapline_trace::observer::Witness;
 use trapline_trace::{Kind, Range, TraceId};
 use trapline_x86::Mode;
 
 /// The most blocks kept: then all go. Bounds the memory that guest code can make the VMM use.
 const MAX_BLOCKS: usize = 24 * 1024;
+/// The most translated blocks kept; the translator's memory is bounded by itself.
+const MAX_TRANSLATED: usize = 128 * 1024;
 /// The most operations in them: ordinary blocks reach the other bound first, but a block may be
 /// long.
 const MAX_OPERATIONS: usize = 256 * 1024;
@@ -25,7 +29,9 @@ const JUMP_ENTRIES: usize = 4096;
 /// A block and where its bytes lie.
 #[derive(Debug)]
 pub struct CachedBlock {
+    /// Without operations if it is translated.
     pub block: Block,
+    pub translated: Option<BlockId>,
     /// Guest-physical range of the bytes on the first page.
     pub first: Range,
     /// Of the bytes on the second page, for an instruction that crosses.
@@ -36,12 +42,14 @@ pub struct CachedBlock {
 impl CachedBlock {
     pub fn new(
         block: Block,
+        translated: Option<BlockId>,
         first: Range,
         second: Option<Range>,
         traces: [Option<TraceId>; 2],
     ) -> Self {
         Self {
             block,
+            translated,
             first,
             second,
             traces,
@@ -53,6 +61,17 @@ impl CachedBlock {
     }
 }
 
+/// What is derived from code.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Form {
+    /// Operations to be stepped through.
+    Decoded,
+    /// One operation.
+    Single,
+    /// Host code, for the context with this number.
+    Translated(u8),
+}
+
 /// What a block is found by. Decoded operations hold absolute branch targets, so the instruction
 /// pointer is part of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -60,6 +79,7 @@ pub struct Key {
     pub gpa: u64,
     pub rip: u64,
     pub mode: Mode,
+    pub form: Form,
 }
 
 #[derive(Clone)]
@@ -101,6 +121,11 @@ pub struct CodeCache {
     /// Keys of blocks that were invalidated and have not been decoded again since.
     gone: HashSet<Key>,
     witness: Witness,
+    /// Makes and holds the host code, if there is any.
+    pub translator: Option<Translator>,
+    translated: usize,
+    /// Where blocks began that are gone: the jumps to them must go too.
+    removed: Vec<u64>,
     pub statistics: CodeStatistics,
 }
 
@@ -126,6 +151,9 @@ impl CodeCache {
             released: Vec::new(),
             gone: HashSet::new(),
             witness,
+            translator: None,
+            translated: 0,
+            removed: Vec::new(),
             statistics: CodeStatistics::default(),
         }
     }
@@ -158,7 +186,9 @@ impl CodeCache {
 
     /// Whether the cache has reached its bound; the caller then drops everything.
     pub fn is_full(&self) -> bool {
-        self.blocks.len() >= MAX_BLOCKS || self.operations >= MAX_OPERATIONS
+        self.blocks.len() - self.translated >= MAX_BLOCKS
+            || self.translated >= MAX_TRANSLATED
+            || self.operations >= MAX_OPERATIONS
     }
 
     /// Notes that a block needs the trace: between its being established and the block's being
@@ -192,6 +222,7 @@ impl CodeCache {
             self.by_page.entry(second.lo >> 12).or_default().push(key);
         }
         self.operations += block.block.ops.len();
+        self.translated += usize::from(block.translated.is_some());
         self.blocks.insert(key, Rc::clone(&block));
         block
     }
@@ -201,6 +232,13 @@ impl CodeCache {
             return false;
         };
         self.operations -= block.block.ops.len();
+        if let Some(id) = block.translated {
+            self.translated -= 1;
+            self.removed.push(key.rip);
+            if let Some(translator) = &mut self.translator {
+                translator.unlink(id);
+            }
+        }
         let pages = [Some(block.first.lo >> 12), block.second.map(|s| s.lo >> 12)];
         for page in pages.into_iter().flatten() {
             if let Some(keys) = self.by_page.get_mut(&page) {
@@ -251,8 +289,18 @@ impl CodeCache {
         self.gone.insert(key);
     }
 
-    /// Removes everything.
+    /// Where translated blocks began that were removed since the last call.
+    pub fn take_removed(&mut self) -> Vec<u64> {
+        std::mem::take(&mut self.removed)
+    }
+
+    /// Removes everything, the host code too: none of it may be running.
     pub fn clear(&mut self) {
+        if let Some(translator) = &mut self.translator {
+            translator.reset();
+        }
+        self.translated = 0;
+        self.removed.clear();
         for (_, block) in std::mem::take(&mut self.blocks) {
             for id in block.traces.into_iter().flatten() {
                 self.release_trace(id);
@@ -298,7 +346,7 @@ mod tests {
             len,
         };
         let range = Range::new(gpa, gpa + u64::from(len));
-        CachedBlock::new(block, range, None, traces)
+        CachedBlock::new(block, None, range, None, traces)
     }
 
     fn add_with(cache: &mut CodeCache, gpa: u64, len: u32, traces: [Option<TraceId>; 2]) -> Key {
@@ -306,6 +354,7 @@ mod tests {
             gpa,
             rip: gpa,
             mode: Mode::Long64,
+            form: Form::Decoded,
         };
         cache.insert(key, block(gpa, len, traces));
         key
@@ -390,6 +439,7 @@ mod tests {
                 gpa: 0x1000,
                 rip,
                 mode: Mode::Long64,
+                form: Form::Decoded,
             };
             cache.insert(key, block(0x1000, 0x10, [Some(id), None]));
         }
@@ -398,6 +448,7 @@ mod tests {
             gpa: 0x1000,
             rip: 0x7000,
             mode: Mode::Long64,
+            form: Form::Decoded,
         };
         cache.insert(key, block(0x1000, 0x8, [None, None]));
         assert!(cache.take_released().is_empty());
@@ -424,6 +475,7 @@ mod tests {
             gpa: 0x1ffe,
             rip: 0x1ffe,
             mode: Mode::Long64,
+            form: Form::Decoded,
         };
         let block = Block {
             rip: 0x1ffe,
@@ -443,7 +495,7 @@ mod tests {
         );
         cache.insert(
             key,
-            CachedBlock::new(block, first, Some(second), [None, None]),
+            CachedBlock::new(block, None, first, Some(second), [None, None]),
         );
         assert!(!cache.invalidate(Range {
             lo: 0x7003,

@@ -10,9 +10,11 @@
 pub mod clock;
 pub mod code_cache;
 pub mod debug;
+mod fetch;
 pub mod interrupt;
 pub mod platform;
 pub mod signals;
 pub mod statistics;
 pub mod surroundings;
+mod translated;
 pub mod vcpu;

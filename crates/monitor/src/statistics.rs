@@ -20,6 +20,12 @@ pub struct Exits {
     pub exceptions: u64,
     /// External interrupts delivered.
     pub interrupts: u64,
+    /// Instructions that a helper executed for translated code and that left it.
+    pub assists: u64,
+    /// Instructions stepped between pieces of translated code.
+    pub steps: u64,
+    /// Host exceptions in translated code.
+    pub host_faults: u64,
     /// Instructions started again because something changed while they waited.
     pub restarts: u64,
 }
@@ -27,10 +33,13 @@ pub struct Exits {
 /// Totals of one VCPU, taken when it stops.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct VcpuStatistics {
-    /// Guest instructions completed.
+    /// Guest instructions stepped to their end; translated code does not count.
     pub instructions: u64,
-    /// Blocks entered.
+    /// Blocks entered from outside translated code.
     pub blocks: u64,
+    pub translated_blocks: u64,
+    /// Bytes of host code that they became.
+    pub translated_bytes: u64,
     pub tlb_fills: u64,
     pub code: CodeStatistics,
     pub exits: Exits,

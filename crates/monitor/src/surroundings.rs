@@ -103,6 +103,9 @@ impl Surroundings {
             Notice::Notification(n) => {
                 if n.kind == Kind::Code && code.invalidate(n.written) {
                     tlb.bump_epoch();
+                    for rip in code.take_removed() {
+                        tlb.remove_jump(rip);
+                    }
                 }
             }
             Notice::Revoke { page, sense } => {

@@ -50,6 +50,12 @@ impl Attention {
         self.0.load(Relaxed) != 0
     }
 
+    /// The word, for generated code that polls it by itself.
+    #[cfg(not(feature = "shuttle"))]
+    pub fn as_ptr(&self) -> *const u32 {
+        self.0.as_ptr()
+    }
+
     /// Clears the bits of `mask`; those that were set.
     pub fn take(&self, mask: u32) -> u32 {
         self.0.fetch_and(!mask, SeqCst) & mask

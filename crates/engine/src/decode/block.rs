@@ -41,7 +41,8 @@ pub enum DecodeEnd {
     NeedMoreBytes,
 }
 
-/// Decodes a block at `rip` from `bytes`. The bytes that it used are the block's `len`; an
+/// Decodes a block of at most `limit` instructions at `rip` from `bytes`, for execution one by one
+/// if thunks are made for it by `native`, else for translation. The bytes that it used are the block's `len`; an
 /// instruction that is cut off by the end of `bytes` is not part of it.
 ///
 /// # Errors
@@ -51,12 +52,13 @@ pub fn decode(
     rip: u64,
     mode: Mode,
     features: &Features,
-    native: &mut NativeCode,
+    mut native: Option<&mut NativeCode>,
+    limit: usize,
 ) -> Result<DecodeEnd, ThunkError> {
     let mut decoder = Decoder::with_ip(mode.bits(), bytes, rip, DecoderOptions::NONE);
     let mut ops: Vec<Op> = Vec::new();
     let mut len = 0;
-    while ops.len() < MAX_INSTRUCTIONS {
+    while ops.len() < limit.min(MAX_INSTRUCTIONS) {
         let at = decoder.position();
         if !decoder.can_decode() {
             break;
@@ -76,10 +78,12 @@ pub fn decode(
         if instruction.is_invalid() && is_too_long(&bytes[at..], mode) {
             op.kind = OpKind::TooLong;
         }
-        if matches!(
-            op.kind,
-            OpKind::Native | OpKind::NativeMemory(_) | OpKind::NativeMasked(_)
-        ) {
+        if let Some(native) = native.as_deref_mut()
+            && matches!(
+                op.kind,
+                OpKind::Native | OpKind::NativeMemory(_) | OpKind::NativeMasked(_)
+            )
+        {
             match native.thunk(&op.instruction) {
                 Ok(thunk) => op.thunk = Some(thunk),
                 Err(ThunkError::Full) => return Err(ThunkError::Full),
@@ -99,7 +103,9 @@ pub fn decode(
     if ops.is_empty() {
         return Ok(DecodeEnd::NeedMoreBytes);
     }
-    let ops = batch(ops, native)?;
+    if let Some(native) = native {
+        ops = batch(ops, native)?;
+    }
     Ok(DecodeEnd::Block(Block {
         rip,
         mode,

@@ -10,7 +10,7 @@ use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 
 use super::NativeError;
 
-/// Bytes of one arena.
+/// Bytes of an arena of thunks.
 pub(super) const ARENA_BYTES: usize = 16 << 20;
 /// Thunks start at multiples of this, as branch targets like it.
 const ALIGNMENT: usize = 16;
@@ -30,7 +30,8 @@ pub(super) fn marker(distance: i32) -> [u8; MARKER_BYTES] {
 }
 
 /// Executable memory that grows until it is full.
-pub(super) struct Arena {
+pub(crate) struct Arena {
+    bytes: usize,
     writable: NonNull<u8>,
     executable: NonNull<u8>,
     used: usize,
@@ -41,19 +42,19 @@ pub(super) struct Arena {
 unsafe impl Send for Arena {}
 
 impl Arena {
-    pub fn new() -> Result<Self, NativeError> {
+    pub fn new(bytes: usize) -> Result<Self, NativeError> {
         let refused = |source: rustix::io::Errno| NativeError::Memory {
-            bytes: ARENA_BYTES,
+            bytes,
             source: source.into(),
         };
         let file = memfd_create("trapline-thunks", MemfdFlags::CLOEXEC).map_err(refused)?;
-        ftruncate(&file, ARENA_BYTES as u64).map_err(refused)?;
+        ftruncate(&file, bytes as u64).map_err(refused)?;
         let map = |protection| {
             // SAFETY: a new mapping at an address that the kernel chooses.
             unsafe {
                 mmap(
                     ptr::null_mut(),
-                    ARENA_BYTES,
+                    bytes,
                     protection,
                     MapFlags::SHARED,
                     &file,
@@ -65,7 +66,7 @@ impl Arena {
         let executable = match map(ProtFlags::READ | ProtFlags::EXEC) {
             Ok(executable) => executable,
             Err(errno) => {
-                unmap(writable);
+                unmap(writable, bytes);
                 return Err(refused(errno));
             }
         };
@@ -75,8 +76,9 @@ impl Arena {
         ) else {
             return Err(refused(rustix::io::Errno::NOMEM));
         };
-        let entry = register(executable.as_ptr() as usize);
+        let entry = register(executable.as_ptr() as usize, bytes);
         Ok(Self {
+            bytes,
             writable,
             executable,
             used: 0,
@@ -95,7 +97,7 @@ impl Arena {
             .used
             .checked_add(code.len())?
             .checked_next_multiple_of(ALIGNMENT)?;
-        if end > ARENA_BYTES {
+        if end > self.bytes {
             return None;
         }
         // SAFETY: `used..end` lies within both mappings, and nothing refers to it yet.
@@ -111,6 +113,36 @@ impl Arena {
         Some(address)
     }
 
+    /// The executable address of the first byte.
+    pub fn start(&self) -> u64 {
+        self.executable.as_ptr() as u64
+    }
+
+    /// Overwrites four bytes at an offset that [`Self::append`] has filled; another offset does
+    /// nothing. Only for the thread that executes the code.
+    pub fn patch(&mut self, offset: usize, bytes: [u8; 4]) {
+        if offset.checked_add(4).is_some_and(|end| end <= self.used) {
+            // SAFETY: within the writable mapping; the processor notices stores to code by their
+            // physical address, and nobody else executes it.
+            unsafe {
+                self.writable
+                    .as_ptr()
+                    .add(offset)
+                    .cast::<[u8; 4]>()
+                    .write_unaligned(bytes);
+            }
+        }
+    }
+
+    /// From now on a fault at an address behind the first `behind` bytes goes on at `recovery`
+    /// with the faulting address in RCX, instead of at the recovery code that a marker tells.
+    pub fn recover_at(&mut self, behind: usize, recovery: u64) {
+        self.entry.behind.store(behind, Ordering::Relaxed);
+        self.entry
+            .recovery
+            .store(recovery as usize, Ordering::Release);
+    }
+
     /// Forgets everything after the first `keep` bytes.
     pub fn truncate(&mut self, keep: usize) {
         self.used = keep.next_multiple_of(ALIGNMENT).min(self.used);
@@ -120,20 +152,26 @@ impl Arena {
 impl Drop for Arena {
     fn drop(&mut self) {
         self.entry.start.store(0, Ordering::Release);
-        unmap(self.writable.as_ptr().cast());
-        unmap(self.executable.as_ptr().cast());
+        self.entry.recovery.store(0, Ordering::Relaxed);
+        unmap(self.writable.as_ptr().cast(), self.bytes);
+        unmap(self.executable.as_ptr().cast(), self.bytes);
     }
 }
 
-fn unmap(address: *mut c_void) {
+fn unmap(address: *mut c_void, bytes: usize) {
     // SAFETY: a mapping of `Arena`, no longer used. The call cannot fail for it.
-    let _ = unsafe { munmap(address, ARENA_BYTES) };
+    let _ = unsafe { munmap(address, bytes) };
 }
 
 /// A place in the list of executable mappings; places are reused, never freed.
 struct Registered {
     /// First address; 0: a free place.
     start: AtomicUsize,
+    bytes: AtomicUsize,
+    /// Where faults go on; 0: as the marker tells.
+    recovery: AtomicUsize,
+    /// Bytes at the start in which faults are not recovered.
+    behind: AtomicUsize,
     next: AtomicPtr<Registered>,
 }
 
@@ -145,18 +183,24 @@ fn places() -> impl Iterator<Item = &'static Registered> {
     std::iter::successors(follow(&REGISTERED), move |place| follow(&place.next))
 }
 
-fn register(start: usize) -> &'static Registered {
+fn register(start: usize, bytes: usize) -> &'static Registered {
     let take = |place: &&Registered| {
+        // Reserved first, so that nobody sees a start with another's size.
         place
             .start
-            .compare_exchange(0, start, Ordering::AcqRel, Ordering::Relaxed)
+            .compare_exchange(0, usize::MAX, Ordering::AcqRel, Ordering::Relaxed)
             .is_ok()
     };
     if let Some(place) = places().find(take) {
+        place.bytes.store(bytes, Ordering::Relaxed);
+        place.start.store(start, Ordering::Release);
         return place;
     }
     let place: &'static Registered = Box::leak(Box::new(Registered {
         start: AtomicUsize::new(start),
+        bytes: AtomicUsize::new(bytes),
+        recovery: AtomicUsize::new(0),
+        behind: AtomicUsize::new(0),
         next: AtomicPtr::new(ptr::null_mut()),
     }));
     let mut head = REGISTERED.load(Ordering::Acquire);
@@ -170,22 +214,39 @@ fn register(start: usize) -> &'static Registered {
     }
 }
 
+/// Where a thread that faulted goes on.
+pub(super) enum Recovery {
+    /// At this address, with the vector in RAX.
+    Thunk(usize),
+    /// At this address, with the faulting address in RCX.
+    Translated(usize),
+}
+
 /// The recovery code for a fault at `address`, if a guest instruction lies there in an arena.
 /// Async-signal-safe.
-pub(super) fn recovery(address: usize) -> Option<usize> {
-    let inside =
-        |start: usize, address: usize| start != 0 && address.wrapping_sub(start) < ARENA_BYTES;
-    let start = places()
-        .map(|place| place.start.load(Ordering::Acquire))
-        .find(|&start| inside(start, address))?;
+pub(super) fn recovery(address: usize) -> Option<Recovery> {
+    let place = places().find(|place| {
+        let start = place.start.load(Ordering::Acquire);
+        let bytes = place.bytes.load(Ordering::Relaxed);
+        start != 0 && start != usize::MAX && address.wrapping_sub(start) < bytes
+    })?;
+    let start = place.start.load(Ordering::Acquire);
+    let bytes = place.bytes.load(Ordering::Relaxed);
+    match place.recovery.load(Ordering::Acquire) {
+        0 => {}
+        recovery => {
+            let inside = address.wrapping_sub(start) >= place.behind.load(Ordering::Relaxed);
+            return inside.then_some(Recovery::Translated(recovery));
+        }
+    }
     let marker = address
         .checked_sub(MARKER_BYTES)
         .filter(|&marker| marker >= start)?;
     // SAFETY: within the executable mapping, which is in use: this thread executes in it.
-    let bytes = unsafe { (marker as *const [u8; MARKER_BYTES]).read() };
-    let distance = bytes.strip_prefix(&MARKER)?.first_chunk::<4>()?;
+    let code = unsafe { (marker as *const [u8; MARKER_BYTES]).read() };
+    let distance = code.strip_prefix(&MARKER)?.first_chunk::<4>()?;
     let recovery = address.wrapping_add_signed(i32::from_le_bytes(*distance) as isize);
-    inside(start, recovery).then_some(recovery)
+    (recovery.wrapping_sub(start) < bytes).then_some(Recovery::Thunk(recovery))
 }
 
 #[cfg(test)]
@@ -194,21 +255,21 @@ mod tests {
 
     #[test]
     fn finds_recovery_code_of_marked_addresses_only() {
-        let mut arena = Arena::new().expect("arena");
+        let mut arena = Arena::new(ARENA_BYTES).expect("arena");
         let mut code = marker(5).to_vec();
         code.extend_from_slice(&[0x90; 6]);
         let address = arena.append(&code).expect("room").as_ptr() as usize;
         let marked = address + MARKER_BYTES;
-        assert_eq!(recovery(marked), Some(marked + 5));
-        assert_eq!(recovery(marked + 1), None);
-        assert_eq!(recovery(0x1000), None);
+        assert!(matches!(recovery(marked), Some(Recovery::Thunk(at)) if at == marked + 5));
+        assert!(recovery(marked + 1).is_none());
+        assert!(recovery(0x1000).is_none());
         drop(arena);
-        assert_eq!(recovery(marked), None);
+        assert!(recovery(marked).is_none());
     }
 
     #[test]
     fn is_bounded() {
-        let mut arena = Arena::new().expect("arena");
+        let mut arena = Arena::new(ARENA_BYTES).expect("arena");
         let block = vec![0x90; 1 << 20];
         assert!((0..16).all(|_| arena.append(&block).is_some()));
         assert!(arena.append(&[0x90]).is_none());

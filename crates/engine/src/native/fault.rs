@@ -5,6 +5,7 @@ use std::mem::MaybeUninit;
 use std::ptr;
 use std::sync::OnceLock;
 
+use super::arena::Recovery;
 use super::{NativeError, arena};
 
 /// Added to the vector that recovery code returns, to tell vector 0 from success.
@@ -17,7 +18,7 @@ static PREVIOUS: OnceLock<[libc::sigaction; SIGNALS.len()]> = OnceLock::new();
 static INSTALLED: OnceLock<Result<(), (c_int, i32)>> = OnceLock::new();
 
 /// Installs the handlers, once per process.
-pub(super) fn install() -> Result<(), NativeError> {
+pub(crate) fn install() -> Result<(), NativeError> {
     INSTALLED
         .get_or_init(install_all)
         .map_err(|(signal, errno)| NativeError::Signal {
@@ -66,11 +67,21 @@ extern "C" fn on_fault(signal: c_int, info: *mut libc::siginfo_t, context: *mut 
     // A signal that a process sent is not about the instruction at RIP. Those have codes up to 0.
     // SAFETY: the kernel passes a valid `siginfo_t`.
     let raised_here = unsafe { (*info).si_code } > 0;
-    if raised_here && let Some(recovery) = arena::recovery(address) {
-        let vector = registers[libc::REG_TRAPNO as usize] as u8;
-        registers[libc::REG_RAX as usize] = i64::from(FAULTED | u32::from(vector));
-        registers[libc::REG_RIP as usize] = recovery as i64;
-        return;
+    if raised_here {
+        match arena::recovery(address) {
+            Some(Recovery::Thunk(recovery)) => {
+                let vector = registers[libc::REG_TRAPNO as usize] as u8;
+                registers[libc::REG_RAX as usize] = i64::from(FAULTED | u32::from(vector));
+                registers[libc::REG_RIP as usize] = recovery as i64;
+                return;
+            }
+            Some(Recovery::Translated(recovery)) => {
+                registers[libc::REG_RCX as usize] = address as i64;
+                registers[libc::REG_RIP as usize] = recovery as i64;
+                return;
+            }
+            None => {}
+        }
     }
     chain(signal, info, context);
 }

@@ -7,15 +7,15 @@ use iced_x86::{
 };
 
 /// The six status flags in RFLAGS: OF, SF, ZF, AF, PF, CF.
-pub(super) const STATUS: u32 = 0x8d5;
+pub(crate) const STATUS: u32 = 0x8d5;
 /// The carry flag in RFLAGS.
-pub(super) const CARRY: u32 = 1;
+pub(crate) const CARRY: u32 = 1;
 /// The overflow flag in RFLAGS.
-pub(super) const OVERFLOW: u32 = 0x800;
+pub(crate) const OVERFLOW: u32 = 0x800;
 
 /// One instruction as 64-bit code, its memory operand without address, and the registers it uses.
 #[derive(Clone, Debug)]
-pub(super) struct Form {
+pub(crate) struct Form {
     pub instruction: Instruction,
     /// Has a memory operand, to be replaced by a pointer.
     pub memory: bool,
@@ -42,7 +42,7 @@ pub(super) struct Form {
 
 /// `instruction` without what does not matter to a thunk: the address of its memory operand,
 /// segment override, hints. LEA keeps its address: it is its operand.
-pub(super) fn normalize(instruction: &Instruction) -> Instruction {
+pub(crate) fn normalize(instruction: &Instruction) -> Instruction {
     let mut normal = *instruction;
     normal.set_segment_prefix(Register::None);
     // Repeat and elision prefixes mean nothing, or are hints, on what runs here; mandatory ones are
@@ -243,14 +243,14 @@ fn status(bits: u32) -> u32 {
 }
 
 /// The bit of the general-purpose register that `register` is (part of).
-pub(super) fn gpr_bit(register: Register) -> Option<u16> {
+pub(crate) fn gpr_bit(register: Register) -> Option<u16> {
     register
         .is_gpr()
         .then(|| 1u16.checked_shl(register.full_register().number() as u32))
         .flatten()
 }
 
-pub(super) fn is_high_byte(register: Register) -> bool {
+pub(crate) fn is_high_byte(register: Register) -> bool {
     matches!(
         register,
         Register::AH | Register::CH | Register::DH | Register::BH
@@ -262,7 +262,7 @@ fn is_data_register(register: Register) -> bool {
 }
 
 /// Operands that the opcode itself names.
-fn is_fixed(kind: OpCodeOperandKind) -> bool {
+pub(crate) fn is_fixed(kind: OpCodeOperandKind) -> bool {
     matches!(
         kind,
         OpCodeOperandKind::al

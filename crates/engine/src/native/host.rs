@@ -2,7 +2,7 @@
 
 /// The widest vector registers of the host, all of which thunks load and store.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) enum VectorWidth {
+pub(crate) enum VectorWidth {
     Xmm,
     Ymm,
     Zmm,
@@ -10,7 +10,7 @@ pub(super) enum VectorWidth {
 
 /// Vector features of the host processor that its operating system has enabled.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Host {
+pub(crate) struct Host {
     pub width: VectorWidth,
     /// Opmask registers have 64 bits, not 16.
     pub wide_masks: bool,

@@ -414,6 +414,12 @@ pub(super) fn x87_pending(cpu: &CpuState) -> bool {
     image[2] & !image[0] & 0x3f != 0
 }
 
+/// As [`execute`], for translated code that cannot do without.
+#[inline(never)]
+pub(crate) fn single_operation<E: Environment>(core: &mut Core<'_, E>, op: &Op) -> Executed {
+    execute(core, op)
+}
+
 /// Executes one operation.
 #[inline(always)]
 fn execute<E: Environment>(core: &mut Core<'_, E>, op: &Op) -> Executed {

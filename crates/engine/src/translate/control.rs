@@ -1,0 +1,186 @@
+//! Stack operations and control flow.
+
+use iced_x86::{Code, Mnemonic, OpKind as Operand};
+use trapline_x86::CpuState;
+
+use crate::decode::Op;
+use crate::decode::op::{OpKind, RegOperand};
+use crate::frame::field;
+
+use super::assembler::{Mem, reg};
+use super::emit::Emitter;
+use super::memory::{Address, Look};
+use super::registers::{ADDRESS, COUNT, GUEST_RBP, GUEST_RSP, INDEX, STACK, home, host};
+
+impl Emitter<'_> {
+    /// Whether [`Self::own`] knows the form.
+    pub(super) fn own_is_possible(&self, op: &Op) -> bool {
+        let i = &op.instruction;
+        let register64 = |n: u32| i.op_kind(n) == Operand::Register && i.op_register(n).is_gpr64();
+        let memory64 = |n: u32| {
+            i.op_kind(n) == Operand::Memory && i.memory_size().size() == 8 && op.flat.is_some()
+        };
+        match op.kind {
+            OpKind::Jump | OpKind::JumpIf(_) => {
+                i.op0_kind() == Operand::NearBranch64 && CpuState::is_canonical(op.target)
+            }
+            OpKind::Call => i.code() == Code::Call_rel32_64 && CpuState::is_canonical(op.target),
+            OpKind::JumpIndirect => i.code() == Code::Jmp_rm64 && (register64(0) || memory64(0)),
+            OpKind::CallIndirect => i.code() == Code::Call_rm64 && (register64(0) || memory64(0)),
+            OpKind::Return(_) => matches!(i.code(), Code::Retnq | Code::Retnq_imm16),
+            OpKind::Push => match i.code() {
+                Code::Push_r64 | Code::Pushq_imm8 | Code::Pushq_imm32 => true,
+                Code::Push_rm64 => register64(0) || memory64(0),
+                _ => false,
+            },
+            OpKind::Pop => matches!(i.code(), Code::Pop_r64 | Code::Pop_rm64) && register64(0),
+            OpKind::Frame => i.code() == Code::Leaveq,
+            _ => false,
+        }
+    }
+
+    /// Emits an operation that [`Self::own_is_possible`] allows.
+    pub(super) fn own(&mut self, op: &Op) {
+        match op.kind {
+            OpKind::JumpIf(condition) => {
+                self.branch_if((condition as u8).wrapping_sub(1) & 15, op.target);
+                self.go_to(op.instruction.next_ip());
+            }
+            OpKind::Jump => self.go_to(op.target),
+            OpKind::Call => {
+                self.push_constant(op.instruction.next_ip());
+                self.go_to(op.target);
+            }
+            OpKind::JumpIndirect => {
+                self.load_operand(op);
+                self.find_target();
+                self.asm.jump_register(COUNT);
+            }
+            OpKind::CallIndirect => {
+                self.load_operand(op);
+                self.find_target();
+                self.asm.store(Mem::field(field::TARGET), COUNT);
+                self.push_constant(op.instruction.next_ip());
+                self.asm.jump_mem(Mem::field(field::TARGET));
+            }
+            OpKind::Return(extra) => {
+                self.look_up(self.stack(0, false));
+                self.asm.load(ADDRESS, Mem::base(ADDRESS, 0));
+                self.find_target();
+                self.asm.lea(STACK, Mem::base(STACK, 8 + i32::from(extra)));
+                self.asm.jump_register(COUNT);
+            }
+            OpKind::Push => self.push(op),
+            OpKind::Pop => self.pop(op),
+            OpKind::Frame if op.instruction.mnemonic() == Mnemonic::Leave => self.leave_frame(),
+            _ => {}
+        }
+    }
+
+    /// A stack slot at a displacement from RSP.
+    fn stack(&self, displacement: i32, write: bool) -> Look {
+        Look {
+            address: Address::Relative(GUEST_RSP, displacement),
+            size: 8,
+            write,
+            keep_flags: self.flags_live(),
+        }
+    }
+
+    /// Loads the 64-bit operand into ADDRESS.
+    fn load_operand(&mut self, op: &Op) {
+        if let Some(register) = RegOperand::new(op.instruction.op0_register()) {
+            self.load_guest(ADDRESS, usize::from(register.index));
+        } else if let Some(flat) = op.flat {
+            self.look_up(Look {
+                address: Address::Flat(flat),
+                size: 8,
+                write: false,
+                keep_flags: self.flags_live(),
+            });
+            self.asm.load(ADDRESS, Mem::base(ADDRESS, 0));
+        }
+    }
+
+    fn load_guest(&mut self, to: u8, guest: usize) {
+        match host(guest) {
+            Some(host) => self.asm.mov(to, host),
+            None => self.asm.load(to, home(guest)),
+        }
+    }
+
+    fn push_constant(&mut self, value: u64) {
+        self.look_up(self.stack(-8, true));
+        let slot = Mem::base(ADDRESS, 0);
+        match i32::try_from(value as i64) {
+            Ok(value) => self.asm.store_immediate(slot, value),
+            Err(_) => {
+                self.asm.mov_immediate(COUNT, value);
+                self.asm.store(slot, COUNT);
+            }
+        }
+        self.asm.lea(STACK, Mem::base(STACK, -8));
+    }
+
+    fn push(&mut self, op: &Op) {
+        let i = &op.instruction;
+        match i.op0_kind() {
+            Operand::Register => {
+                let Some(register) = RegOperand::new(i.op0_register()) else {
+                    return;
+                };
+                let guest = usize::from(register.index);
+                self.look_up(self.stack(-8, true));
+                let from = match host(guest) {
+                    Some(host) => host,
+                    None => {
+                        self.asm.load(COUNT, home(guest));
+                        COUNT
+                    }
+                };
+                self.asm.store(Mem::base(ADDRESS, 0), from);
+                self.asm.lea(STACK, Mem::base(STACK, -8));
+            }
+            Operand::Memory => {
+                self.load_operand(op);
+                self.asm.store(Mem::field(field::SPILL), ADDRESS);
+                self.look_up(self.stack(-8, true));
+                self.asm.load(COUNT, Mem::field(field::SPILL));
+                self.asm.store(Mem::base(ADDRESS, 0), COUNT);
+                self.asm.lea(STACK, Mem::base(STACK, -8));
+            }
+            _ => self.push_constant(i.immediate(0)),
+        }
+    }
+
+    fn pop(&mut self, op: &Op) {
+        let Some(register) = RegOperand::new(op.instruction.op0_register()) else {
+            return;
+        };
+        let guest = usize::from(register.index);
+        self.look_up(self.stack(0, false));
+        let slot = Mem::base(ADDRESS, 0);
+        if guest != GUEST_RSP {
+            self.asm.lea(STACK, Mem::base(STACK, 8));
+        }
+        match host(guest) {
+            Some(host) => self.asm.load(host, slot),
+            None => {
+                self.asm.load(INDEX, slot);
+                self.asm.store(home(guest), INDEX);
+            }
+        }
+    }
+
+    fn leave_frame(&mut self) {
+        let keep_flags = self.flags_live();
+        self.look_up(Look {
+            address: Address::Relative(GUEST_RBP, 0),
+            size: 8,
+            write: false,
+            keep_flags,
+        });
+        self.asm.lea(STACK, Mem::base(reg::RBP, 8));
+        self.asm.load(reg::RBP, Mem::base(ADDRESS, 0));
+    }
+}

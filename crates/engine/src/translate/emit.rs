@@ -1,0 +1,496 @@
+//! Emits the code of one block.
+
+use iced_x86::{Encoder, InstructionInfoFactory};
+
+use crate::decode::op::{OpKind, StateCheck};
+use crate::decode::{Block, Op};
+use crate::frame::{field, jump_hosts, jump_targets};
+use crate::native::form::{Form, STATUS};
+
+use super::Context;
+use super::assembler::{Assembler, Label, Mem, cond};
+use super::memory::{Address, Look};
+use super::plain::Plan;
+use super::registers::{ADDRESS, COUNT, INDEX};
+use super::stubs::Stubs;
+use crate::decode::op::FlatAddress;
+
+/// How generated code leaves, other than through a helper.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Site {
+    /// A direct branch to `target` whose displacement stands at `patch`, bytes from the arena's
+    /// start; unlinked, it leaves.
+    Link {
+        patch: u32,
+        /// What the displacement is as long as the site is not linked.
+        unlinked: i32,
+        target: u64,
+        /// Goes back or to itself: must poll.
+        backward: bool,
+    },
+    /// A branch to this address that was not in the jump table.
+    Jump { target: u64 },
+    /// The instruction at this address is to be stepped.
+    Step { rip: u64 },
+    /// At a block's start: something asks for attention.
+    Attention { rip: u64 },
+}
+
+/// Code that is emitted behind the block.
+#[derive(Clone, Copy)]
+pub(super) enum Deferred {
+    Miss {
+        label: Label,
+        retry: Label,
+        look: Look,
+        operation: usize,
+    },
+    /// Leave by a site.
+    Leave { label: Label, site: usize },
+    /// A taken branch to another page.
+    Jump { label: Label, target: u64 },
+}
+
+/// What an operation becomes, decided before anything is emitted.
+enum Treatment {
+    Plain(Box<Plan>, Option<Look>),
+    Assist,
+    /// Moves, stack and control flow, by kind.
+    Own,
+}
+
+/// Operations that code points to: each stays where it is.
+#[allow(clippy::vec_box)]
+pub(super) type Kept = Vec<Box<Op>>;
+
+/// The code of a block and what is to be known of it.
+pub(super) struct Emitted {
+    pub bytes: Vec<u8>,
+    /// Offset of the entry that does not poll.
+    pub entry: usize,
+    /// For each piece of code the instruction that it belongs to: offset in the code, and of the
+    /// instruction in the block; ascending.
+    pub points: Vec<(u32, u16)>,
+    pub sites: Vec<Site>,
+    /// Operations that helpers execute.
+    pub assisted: Kept,
+}
+
+pub(super) struct Emitter<'a> {
+    pub asm: Assembler,
+    pub stubs: &'a Stubs,
+    pub context: Context,
+    pub bmi2: bool,
+    pub encoder: &'a mut Encoder,
+    pub deferred: Vec<Deferred>,
+    /// The index of the operation being emitted.
+    pub operation: usize,
+    block: &'a Block,
+    /// The guest's bytes.
+    guest: &'a [u8],
+    /// Bytes from the arena's start to this block's code.
+    offset: u32,
+    first_site: usize,
+    sites: Vec<Site>,
+    points: Vec<(u32, u16)>,
+    assisted: Kept,
+    /// The guest's vector registers are surely in the host's.
+    vectors_here: bool,
+    /// Status flags that are read after each operation starts.
+    live: Vec<u32>,
+}
+
+/// All that [`emit`] needs to know.
+pub(super) struct Request<'a> {
+    pub block: &'a Block,
+    /// The bytes that the block was decoded from.
+    pub guest: &'a [u8],
+    pub context: Context,
+    pub stubs: &'a Stubs,
+    pub bmi2: bool,
+    /// The address at which the code will lie, and from the arena's start.
+    pub start: u64,
+    pub offset: u32,
+    /// The number that the first site gets.
+    pub first_site: usize,
+}
+
+/// Emits a block; `None` if it cannot be (a displacement out of reach).
+pub(super) fn emit(
+    request: Request<'_>,
+    encoder: &mut Encoder,
+    factory: &mut InstructionInfoFactory,
+) -> Option<Emitted> {
+    let block = request.block;
+    let mut emitter = Emitter {
+        asm: Assembler::new(request.start),
+        stubs: request.stubs,
+        context: request.context,
+        bmi2: request.bmi2,
+        encoder,
+        deferred: Vec::new(),
+        operation: 0,
+        block,
+        guest: request.guest,
+        offset: request.offset,
+        first_site: request.first_site,
+        sites: Vec::new(),
+        points: Vec::new(),
+        assisted: Vec::new(),
+        vectors_here: false,
+        live: Vec::new(),
+    };
+    let treatments = emitter.treat(factory);
+    emitter.poll();
+    let entry = emitter.asm.here();
+    let mut open = true;
+    for (n, (op, treatment)) in block.ops.iter().zip(treatments).enumerate() {
+        emitter.operation = n;
+        emitter.point(n);
+        match treatment {
+            Treatment::Plain(plan, look) => emitter.plain(op, &plan, look),
+            Treatment::Assist => emitter.assist(op),
+            Treatment::Own => emitter.own(op),
+        }
+        open = !op.ends_block();
+    }
+    let next = block.rip.wrapping_add(u64::from(block.len));
+    if open {
+        emitter.go_to(next);
+    }
+    emitter.finish_deferred();
+    if !emitter.asm.finish() {
+        return None;
+    }
+    Some(Emitted {
+        bytes: emitter.asm.bytes,
+        entry,
+        points: emitter.points,
+        sites: emitter.sites,
+        assisted: emitter.assisted,
+    })
+}
+
+impl Emitter<'_> {
+    /// Decides what becomes of each operation, and which flags are live where.
+    fn treat(&mut self, factory: &mut InstructionInfoFactory) -> Vec<Treatment> {
+        let mut treatments = Vec::with_capacity(self.block.ops.len());
+        let mut effects = Vec::with_capacity(self.block.ops.len());
+        for op in &self.block.ops {
+            let form = Form::of(&op.instruction, factory);
+            let treatment = self.treatment(op, form.as_ref());
+            effects.push(match (&treatment, &form) {
+                (Treatment::Assist, _) => (STATUS, 0),
+                (_, Some(form)) => (form.flags_in, form.flags_determined),
+                // Moves and stack operations touch none; branches read some or leave.
+                _ if op.ends_block() => (STATUS, 0),
+                _ => (0, 0),
+            });
+            treatments.push(treatment);
+        }
+        let mut live = STATUS;
+        self.live = vec![0; effects.len()];
+        for (n, (read, determined)) in effects.into_iter().enumerate().rev() {
+            live = live & !determined | read;
+            self.live[n] = live;
+        }
+        for (n, treatment) in treatments.iter_mut().enumerate() {
+            if let Treatment::Plain(_, Some(look)) = treatment {
+                look.keep_flags = self.live[n] != 0;
+            }
+        }
+        treatments
+    }
+
+    fn treatment(&mut self, op: &Op, form: Option<&Form>) -> Treatment {
+        let available = match op.check {
+            StateCheck::None => true,
+            StateCheck::Sse => self.context.sse,
+            StateCheck::Avx => self.context.avx,
+            StateCheck::Avx512 => self.context.avx512,
+            StateCheck::X87 | StateCheck::Wait | StateCheck::Mmx => false,
+        };
+        if !available {
+            return Treatment::Assist;
+        }
+        match op.kind {
+            OpKind::Native
+            | OpKind::NativeMemory(_)
+            | OpKind::MoveRegister(..)
+            | OpKind::MoveImmediate(..)
+            | OpKind::Load(..)
+            | OpKind::LoadSigned(..)
+            | OpKind::Store(_)
+            | OpKind::StoreImmediate(..)
+            | OpKind::LoadAddress(_) => self.plain_treatment(op, form).unwrap_or(Treatment::Assist),
+            OpKind::NoOperation => Treatment::Own,
+            _ if self.own_is_possible(op) => Treatment::Own,
+            _ => Treatment::Assist,
+        }
+    }
+
+    fn plain_treatment(&mut self, op: &Op, form: Option<&Form>) -> Option<Treatment> {
+        let form = form?;
+        if form.x87 {
+            return None;
+        }
+        if let (OpKind::LoadAddress(to), Some(flat)) = (op.kind, &op.flat)
+            && flat.base == crate::decode::op::NO_REGISTER
+            && flat.index == crate::decode::op::NO_REGISTER
+        {
+            // RIP-relative: a constant.
+            return (to.size == 8)
+                .then(|| Plan::constant(usize::from(to.index), flat.displacement))
+                .map(|plan| Treatment::Plain(Box::new(plan), None));
+        }
+        let look = if form.memory {
+            let flat: FlatAddress = op.flat?;
+            if !(1..=64).contains(&op.memory_size) {
+                return None;
+            }
+            Some(Look {
+                address: Address::Flat(flat),
+                size: op.memory_size,
+                write: match op.kind {
+                    OpKind::NativeMemory(access) => access != crate::access::OperandAccess::Read,
+                    OpKind::Store(_) | OpKind::StoreImmediate(..) => true,
+                    _ => false,
+                },
+                keep_flags: true,
+            })
+        } else {
+            None
+        };
+        let at = op.instruction.ip().wrapping_sub(self.block.rip) as usize;
+        let original = self.guest.get(at..at + usize::from(op.len));
+        let plan = Plan::of(form, &op.instruction, original, self.encoder)?;
+        Some(Treatment::Plain(Box::new(plan), look))
+    }
+
+    /// Whether the flags that the guest has when the current operation starts are needed.
+    pub(super) fn flags_live(&self) -> bool {
+        self.live.get(self.operation).is_none_or(|&live| live != 0)
+    }
+
+    /// The code from here on belongs to operation `n`.
+    fn point(&mut self, n: usize) {
+        let offset = self
+            .block
+            .ops
+            .get(n)
+            .map_or(0, |op| op.instruction.ip().wrapping_sub(self.block.rip));
+        self.points.push((self.asm.here() as u32, offset as u16));
+    }
+
+    /// Leaves if something asks for attention.
+    fn poll(&mut self) {
+        let label = self.leave(Site::Attention {
+            rip: self.block.rip,
+        });
+        let a = &mut self.asm;
+        a.load(COUNT, Mem::field(field::ATTENTION));
+        if self.live.first().is_some_and(|&live| live == 0) {
+            a.compare_mem32(Mem::base(COUNT, 0), 0);
+            a.jump_if(cond::NE, label);
+        } else {
+            a.load32(COUNT, Mem::base(COUNT, 0));
+            a.unless_rcx_zero(|a| {
+                a.jump(label);
+            });
+        }
+    }
+
+    /// A label for code that leaves by `site`.
+    pub(super) fn leave(&mut self, site: Site) -> Label {
+        let label = self.asm.label();
+        let number = self.sites.len();
+        self.sites.push(site);
+        self.deferred.push(Deferred::Leave {
+            label,
+            site: number,
+        });
+        label
+    }
+
+    /// One guest instruction on registers, and memory if there is a look-up.
+    fn plain(&mut self, _op: &Op, plan: &Plan, look: Option<Look>) {
+        if plan.vectors {
+            self.ensure_vectors();
+        }
+        if let Some(look) = look {
+            self.look_up(look);
+        }
+        plan.emit(&mut self.asm);
+    }
+
+    /// Loads the guest's vector registers unless they are there.
+    fn ensure_vectors(&mut self) {
+        if self.vectors_here {
+            return;
+        }
+        self.vectors_here = true;
+        let load = self.stubs.load_vectors;
+        let a = &mut self.asm;
+        a.load32(COUNT, Mem::field(field::VECTORS_AWAY));
+        a.unless_rcx_zero(|a| a.call_address(load));
+    }
+
+    /// Lets a helper execute the operation.
+    pub(super) fn assist(&mut self, op: &Op) {
+        let op = Box::new(op.clone());
+        let pointer: *const Op = &*op;
+        self.assisted.push(op);
+        self.asm.mov_immediate(COUNT, pointer as u64);
+        self.asm.call_address(self.stubs.assist);
+        self.vectors_here = false;
+    }
+
+    /// Whether a direct branch to `target` needs no look at the translation of its page: that of
+    /// this block holds for it too.
+    fn same_page(&self, target: u64) -> bool {
+        let first = self.block.rip >> 12;
+        let last = self
+            .block
+            .rip
+            .wrapping_add(u64::from(self.block.len.max(1)) - 1)
+            >> 12;
+        first == last && target >> 12 == first
+    }
+
+    /// A label of an unlinked branch to `target` on this page; [`Self::linked`] tells where the
+    /// displacement stands.
+    fn link(&mut self, target: u64) -> (Label, usize) {
+        let backward = target
+            <= self
+                .block
+                .ops
+                .get(self.operation)
+                .map_or(target, |op| op.instruction.ip());
+        let site = self.sites.len();
+        let label = self.leave(Site::Link {
+            patch: 0,
+            unlinked: 0,
+            target,
+            backward,
+        });
+        (label, site)
+    }
+
+    fn linked(&mut self, site: usize, at: usize) {
+        if let Some(Site::Link { patch, .. }) = self.sites.get_mut(site) {
+            *patch = self.offset + at as u32;
+        }
+    }
+
+    /// A conditional branch.
+    pub(super) fn branch_if(&mut self, condition: u8, target: u64) {
+        if self.same_page(target) {
+            let (label, site) = self.link(target);
+            let at = self.asm.jump_if(condition, label);
+            self.linked(site, at);
+        } else {
+            let label = self.asm.label();
+            self.deferred.push(Deferred::Jump { label, target });
+            self.asm.jump_if(condition, label);
+        }
+    }
+
+    /// Goes on at a constant address.
+    pub(super) fn go_to(&mut self, target: u64) {
+        if self.same_page(target) {
+            let (label, site) = self.link(target);
+            let at = self.asm.jump(label);
+            self.linked(site, at);
+        } else {
+            self.jump_through_table(target);
+        }
+    }
+
+    /// Jumps to a constant address through the jump table.
+    fn jump_through_table(&mut self, target: u64) {
+        let miss = self.leave(Site::Jump { target });
+        let table = self.context.jump_table();
+        let slot = (target & 0xffff) as i32 * 8;
+        let a = &mut self.asm;
+        let index = match i32::try_from(target as i64) {
+            Ok(displacement) => Mem::base(COUNT, displacement),
+            Err(_) => {
+                a.mov_immediate(ADDRESS, target);
+                Mem {
+                    base: Some(COUNT),
+                    index: Some((ADDRESS, 0)),
+                    displacement: 0,
+                }
+            }
+        };
+        a.load(COUNT, Mem::field(jump_targets(table) + slot));
+        a.lea(COUNT, index);
+        a.unless_rcx_zero(|a| {
+            a.jump(miss);
+        });
+        a.jump_mem(Mem::field(jump_hosts(table) + slot));
+    }
+
+    /// Finds the code for the guest address in ADDRESS: its host address goes to RCX. If there is
+    /// none in the table, the instruction is stepped.
+    pub(super) fn find_target(&mut self) {
+        let rip = self
+            .block
+            .ops
+            .get(self.operation)
+            .map_or(self.block.rip, |op| op.instruction.ip());
+        let miss = self.leave(Site::Step { rip });
+        let table = self.context.jump_table();
+        let a = &mut self.asm;
+        a.zero_extend16(INDEX, ADDRESS);
+        a.load(COUNT, Mem::slot(jump_targets(table), INDEX));
+        a.lea(
+            COUNT,
+            Mem {
+                base: Some(COUNT),
+                index: Some((ADDRESS, 0)),
+                displacement: 0,
+            },
+        );
+        a.unless_rcx_zero(|a| {
+            a.jump(miss);
+        });
+        a.load(COUNT, Mem::slot(jump_hosts(table), INDEX));
+    }
+
+    fn finish_deferred(&mut self) {
+        // Jumps add exits, so they come first.
+        let mut n = 0;
+        while n < self.deferred.len() {
+            match self.deferred[n] {
+                Deferred::Miss {
+                    label,
+                    retry,
+                    look,
+                    operation,
+                } => {
+                    self.point(operation);
+                    self.miss(label, retry, look);
+                }
+                Deferred::Leave { label, site } => {
+                    self.asm.bind(label);
+                    if let Some(Site::Link {
+                        patch, unlinked, ..
+                    }) = self.sites.get_mut(site)
+                    {
+                        let next = i64::from(*patch) - i64::from(self.offset) + 4;
+                        *unlinked = (self.asm.here() as i64 - next) as i32;
+                    }
+                    let number = self.first_site + site;
+                    self.asm.mov_immediate(COUNT, number as u64);
+                    self.asm.jump_address(self.stubs.leave);
+                }
+                Deferred::Jump { label, target } => {
+                    self.asm.bind(label);
+                    self.jump_through_table(target);
+                }
+            }
+            n += 1;
+        }
+    }
+}

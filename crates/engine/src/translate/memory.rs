@@ -1,0 +1,182 @@
+//! The look-up before every access to guest memory.
+//!
+//! A linear address becomes a host address through the frame's tables (see [`crate::tlb`]): the
+//! page's slot holds the negated page address, so adding it leaves the offset on a hit and
+//! something of at least a page otherwise. One comparison of that with 4096 minus the access's
+//! size therefore finds both a miss and an access that crosses the page.
+//!
+//! Where the guest's flags are needed afterwards, the comparison is made without flags: SHRX by
+//! RSP (which is 12 modulo 64) and JRCXZ. Elsewhere CMP is cheaper. Flags that nothing reads any
+//! more are then lost, so what a fault in such an instruction saves of them is arbitrary; see
+//! docs/coherence.md, "Known limits".
+
+use crate::decode::op::{FlatAddress, NO_REGISTER};
+use crate::frame::{field, tlb_hosts, tlb_pages};
+
+use super::assembler::{Label, Mem, cond, reg};
+use super::emit::{Deferred, Emitter};
+use super::registers::{ADDRESS, COUNT, INDEX, home, host};
+
+/// Where an operand is.
+#[derive(Clone, Copy, Debug)]
+pub enum Address {
+    Flat(FlatAddress),
+    /// A guest register plus a displacement.
+    Relative(usize, i32),
+}
+
+/// An access for which a look-up is made.
+#[derive(Clone, Copy, Debug)]
+pub struct Look {
+    pub address: Address,
+    /// Bytes; 1 to 64.
+    pub size: u16,
+    pub write: bool,
+    /// The guest's flags must survive.
+    pub keep_flags: bool,
+}
+
+/// The kind of an access as the helper gets it: table and size.
+pub fn kind(table: usize, size: u16) -> u32 {
+    table as u32 | u32::from(size) << 8
+}
+
+impl Emitter<'_> {
+    /// Puts the linear address into ADDRESS. Flags stay; INDEX is clobbered.
+    fn form_address(&mut self, address: Address) {
+        let a = &mut self.asm;
+        match address {
+            Address::Relative(guest, displacement) => match host(guest) {
+                Some(base) => a.lea(ADDRESS, Mem::base(base, displacement)),
+                None => {
+                    a.load(ADDRESS, home(guest));
+                    a.lea(ADDRESS, Mem::base(ADDRESS, displacement));
+                }
+            },
+            Address::Flat(flat) => {
+                let mut place = |number: u8, scratch: u8| {
+                    if number == NO_REGISTER {
+                        return None;
+                    }
+                    let guest = usize::from(number & 15);
+                    Some(host(guest).unwrap_or_else(|| {
+                        a.load(scratch, home(guest));
+                        scratch
+                    }))
+                };
+                let base = place(flat.base, ADDRESS);
+                let index = place(flat.index, INDEX).map(|index| (index, flat.scale));
+                match i32::try_from(flat.displacement as i64) {
+                    Ok(displacement) if base.is_some() || index.is_some() => a.lea(
+                        ADDRESS,
+                        Mem {
+                            base,
+                            index,
+                            displacement,
+                        },
+                    ),
+                    _ => a.mov_immediate(ADDRESS, flat.displacement),
+                }
+                if flat.segment != NO_REGISTER {
+                    let field = if flat.segment == 4 {
+                        field::FS_BASE
+                    } else {
+                        field::GS_BASE
+                    };
+                    a.load(INDEX, Mem::field(field));
+                    a.lea(
+                        ADDRESS,
+                        Mem {
+                            base: Some(ADDRESS),
+                            index: Some((INDEX, 0)),
+                            displacement: 0,
+                        },
+                    );
+                }
+            }
+        }
+    }
+
+    /// Leaves the host address of the operand in ADDRESS. Clobbers INDEX and, where flags are
+    /// kept, RCX.
+    pub(super) fn look_up(&mut self, look: Look) {
+        let (miss, retry) = (self.asm.label(), self.asm.label());
+        self.form_address(look.address);
+        self.asm.bind(retry);
+        let parked = look.keep_flags && !self.bmi2;
+        if parked {
+            self.park_flags();
+        }
+        let table = self.context.data_table(look.write);
+        let (pages, hosts) = (tlb_pages(table), tlb_hosts(table));
+        let a = &mut self.asm;
+        if self.bmi2 {
+            a.page_number(INDEX, ADDRESS);
+        } else {
+            a.mov(INDEX, ADDRESS);
+            a.shift_right32(INDEX, 12);
+        }
+        a.zero_extend16(INDEX, INDEX);
+        if look.keep_flags && !parked {
+            let sum = |displacement| Mem {
+                base: Some(ADDRESS),
+                index: Some((COUNT, 0)),
+                displacement,
+            };
+            a.load(COUNT, Mem::slot(pages, INDEX));
+            a.lea(ADDRESS, sum(0));
+            a.lea(COUNT, Mem::base(ADDRESS, i32::from(look.size) - 1));
+            a.page_number(COUNT, COUNT);
+            a.unless_rcx_zero(|a| {
+                a.jump(miss);
+            });
+            a.load(COUNT, Mem::slot(hosts, INDEX));
+            a.lea(ADDRESS, sum(0));
+        } else {
+            a.add_mem(ADDRESS, Mem::slot(pages, INDEX));
+            a.compare_immediate(ADDRESS, 4096 - i32::from(look.size));
+            a.jump_if(cond::A, miss);
+            a.add_mem(ADDRESS, Mem::slot(hosts, INDEX));
+        }
+        if parked {
+            self.unpark_flags();
+        }
+        self.deferred.push(Deferred::Miss {
+            label: miss,
+            retry,
+            look,
+            operation: self.operation,
+        });
+    }
+
+    /// What a look-up does that missed.
+    pub(super) fn miss(&mut self, label: Label, retry: Label, look: Look) {
+        self.asm.bind(label);
+        if look.keep_flags && !self.bmi2 {
+            self.unpark_flags();
+        }
+        self.form_address(look.address);
+        let table = self.context.data_table(look.write);
+        self.asm
+            .mov_immediate(COUNT, u64::from(kind(table, look.size)));
+        self.asm.call_address(self.stubs.miss);
+        self.asm.jump(retry);
+    }
+
+    /// Puts the guest's flags into the frame. Clobbers RCX.
+    fn park_flags(&mut self) {
+        let a = &mut self.asm;
+        a.mov(COUNT, reg::RAX);
+        a.flags_to_ax();
+        a.store_ax(Mem::field(field::KEPT_FLAGS));
+        a.mov(reg::RAX, COUNT);
+    }
+
+    fn unpark_flags(&mut self) {
+        let a = &mut self.asm;
+        a.mov(COUNT, reg::RAX);
+        a.load_ax(Mem::field(field::KEPT_FLAGS));
+        a.ax_to_flags();
+        a.mov(reg::RAX, COUNT);
+    }
+}

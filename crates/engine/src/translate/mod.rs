@@ -1,0 +1,299 @@
+//! The binary translator: 64-bit guest code becomes host code that runs by itself.
+//!
+//! A decoded block ([`crate::decode`]) is emitted once ([`emit`]): instructions that may run as
+//! they are keep their form and only get their registers renamed ([`plain`], [`registers`]) and
+//! their memory operand looked up ([`memory`]); stack operations and branches are emitted
+//! sequences ([`control`]); everything else is a call to a helper that lets the stepping engine
+//! execute one instruction. Guest registers live in host registers, guest flags in host flags, and
+//! the guest's vector registers in the host's as long as no helper runs.
+//!
+//! [`run`] executes translated code until it leaves, by a [`Site`] or because an instruction must
+//! be stepped. Branches within a page are linked directly ([`Translator::link`]); those to other
+//! pages go through jump tables that live and die with the translations of their pages
+//! ([`crate::tlb`]).
+//!
+//! Every block begins with a poll of the VCPU's attention word; forward branches within a page
+//! skip it.
+
+mod assembler;
+mod control;
+mod emit;
+mod memory;
+mod plain;
+mod registers;
+mod run;
+mod stubs;
+
+use iced_x86::{Encoder, InstructionInfoFactory};
+use trapline_x86::CpuState;
+use trapline_x86::control::{cr0, cr4};
+
+use crate::decode::Block;
+use crate::decode::op::OpKind;
+use crate::native::arena::Arena;
+use crate::native::host::Host;
+use crate::native::{NativeCode, NativeError, ThunkError, fault};
+use crate::tlb::{Privilege, data_table};
+use assembler::Assembler;
+pub use emit::Site;
+pub use run::{Entry, Left, run};
+use stubs::Stubs;
+
+/// Bytes of executable memory for one VCPU's translations.
+const ARENA_BYTES: usize = 64 << 20;
+
+/// What translated code depends on besides its bytes and their address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Context {
+    /// Of its data accesses.
+    pub privilege: Privilege,
+    /// SSE, AVX and AVX-512 instructions do not fault.
+    pub sse: bool,
+    pub avx: bool,
+    pub avx512: bool,
+}
+
+impl Context {
+    pub fn of(cpu: &CpuState) -> Self {
+        // A state that the host refuses to load is left to the stepping engine.
+        let loadable = cpu.vector.mxcsr & !0xffff == 0;
+        let sse = loadable && cpu.cr0 & (cr0::EM | cr0::TS) == 0 && cpu.cr4 & cr4::OSFXSR != 0;
+        let extended = |bits| {
+            loadable
+                && cpu.cr0 & cr0::TS == 0
+                && cpu.cr4 & cr4::OSXSAVE != 0
+                && cpu.xcr0 & bits == bits
+        };
+        Self {
+            privilege: Privilege::of_data(cpu),
+            sse,
+            avx: extended(0x6),
+            avx512: extended(0xe6),
+        }
+    }
+
+    /// As a number below 128.
+    pub fn number(self) -> u8 {
+        self.privilege as u8
+            | u8::from(self.sse) << 2
+            | u8::from(self.avx) << 3
+            | u8::from(self.avx512) << 4
+    }
+
+    fn data_table(self, write: bool) -> usize {
+        data_table(self.privilege, write)
+    }
+
+    fn jump_table(self) -> usize {
+        self.privilege as usize
+    }
+}
+
+/// A translated block, by number. Numbers are not used again until the translator is reset.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct BlockId(u32);
+
+struct Translated {
+    rip: u64,
+    /// Where its bytes lie, and its context: a direct link needs both the same.
+    page: u64,
+    context: u8,
+    /// Offsets in the arena: the entry that polls is the first byte.
+    start: u32,
+    entry: u32,
+    end: u32,
+    points: Box<[(u32, u16)]>,
+    /// Sites that were linked to it.
+    incoming: Vec<u32>,
+}
+
+/// The translated code of one VCPU.
+pub struct Translator {
+    arena: Arena,
+    stubs: Stubs,
+    stub_bytes: usize,
+    bmi2: bool,
+    encoder: Encoder,
+    factory: InstructionInfoFactory,
+    blocks: Vec<Translated>,
+    sites: Vec<Site>,
+    /// Operations that code points to.
+    assisted: emit::Kept,
+}
+
+impl Translator {
+    /// Reserves executable memory and installs the fault handlers.
+    ///
+    /// # Errors
+    /// The host refused one of them.
+    pub fn new() -> Result<Self, NativeError> {
+        fault::install()?;
+        let mut arena = Arena::new(ARENA_BYTES)?;
+        let mut assembler = Assembler::new(arena.start());
+        let stubs = stubs::emit(&mut assembler, Host::detect()).unwrap_or_default();
+        let _ = arena.append(&assembler.bytes);
+        let stub_bytes = assembler.here();
+        arena.recover_at(stub_bytes, stubs.fault);
+        Ok(Self {
+            arena,
+            stubs,
+            stub_bytes,
+            bmi2: is_x86_feature_detected!("bmi2"),
+            encoder: Encoder::new(64),
+            factory: InstructionInfoFactory::new(),
+            blocks: Vec::new(),
+            sites: Vec::new(),
+            assisted: Vec::new(),
+        })
+    }
+
+    /// Translates a block of 64-bit code, decoded from `guest`, on the guest-physical page with
+    /// this number.
+    ///
+    /// # Errors
+    /// [`ThunkError::Full`]: forget every block, call [`Self::reset`], retry.
+    pub fn translate(
+        &mut self,
+        block: &Block,
+        guest: &[u8],
+        context: Context,
+        page: u64,
+        native: &mut NativeCode,
+    ) -> Result<BlockId, ThunkError> {
+        let start = self.arena.next();
+        let offset = start.wrapping_sub(self.arena.start()) as u32;
+        let request = emit::Request {
+            block,
+            guest,
+            context,
+            stubs: &self.stubs,
+            bmi2: self.bmi2,
+            start,
+            offset,
+            first_site: self.sites.len(),
+        };
+        let emitted = emit::emit(request, &mut self.encoder, &mut self.factory)
+            .ok_or(ThunkError::Unsupported)?;
+        let mut assisted = emitted.assisted;
+        for op in &mut assisted {
+            if op.thunk.is_some()
+                || !matches!(
+                    op.kind,
+                    OpKind::Native | OpKind::NativeMemory(_) | OpKind::NativeMasked(_)
+                )
+            {
+                continue;
+            }
+            match native.thunk(&op.instruction) {
+                Ok(thunk) => op.thunk = Some(thunk),
+                Err(ThunkError::Full) => return Err(ThunkError::Full),
+                Err(ThunkError::Unsupported) => op.kind = OpKind::Undefined,
+            }
+        }
+        self.arena.append(&emitted.bytes).ok_or(ThunkError::Full)?;
+        self.assisted.append(&mut assisted);
+        self.sites.extend_from_slice(&emitted.sites);
+        self.blocks.push(Translated {
+            rip: block.rip,
+            page,
+            context: context.number(),
+            start: offset,
+            entry: offset + emitted.entry as u32,
+            end: offset + emitted.bytes.len() as u32,
+            points: emitted.points.into_boxed_slice(),
+            incoming: Vec::new(),
+        });
+        Ok(BlockId(self.blocks.len() as u32 - 1))
+    }
+
+    /// Where to begin a block: with its poll.
+    pub fn entry(&self, block: BlockId) -> Option<Entry> {
+        Some(Entry {
+            function: self.stubs.enter,
+            address: self.address(block)?,
+        })
+    }
+
+    /// The host address of a block, for the jump tables.
+    pub fn address(&self, block: BlockId) -> Option<u64> {
+        let block = self.blocks.get(block.0 as usize)?;
+        Some(self.arena.start() + u64::from(block.start))
+    }
+
+    /// Bytes of host code of a block.
+    pub fn code_bytes(&self, block: BlockId) -> u32 {
+        self.blocks
+            .get(block.0 as usize)
+            .map_or(0, |block| block.end - block.start)
+    }
+
+    /// The site with this number.
+    pub fn site(&self, number: u64) -> Option<Site> {
+        self.sites.get(usize::try_from(number).ok()?).copied()
+    }
+
+    /// Makes the direct branch at a site go to `block` without leaving.
+    pub fn link(&mut self, site: u64, block: BlockId) {
+        let number = site as usize;
+        let Some(&Site::Link {
+            patch,
+            backward,
+            target: rip,
+            ..
+        }) = self.sites.get(number)
+        else {
+            return;
+        };
+        let source = self.block_at(patch).map(|b| (b.page, b.context));
+        let Some(target) = self.blocks.get_mut(block.0 as usize) else {
+            return;
+        };
+        if source != Some((target.page, target.context)) || target.rip != rip {
+            // The page was mapped anew, or an event came in between.
+            return;
+        }
+        let place = if backward { target.start } else { target.entry };
+        target.incoming.push(number as u32);
+        let distance = place.wrapping_sub(patch + 4);
+        self.arena.patch(patch as usize, distance.to_le_bytes());
+    }
+
+    /// Nothing leads to the block from other blocks any more.
+    pub fn unlink(&mut self, block: BlockId) {
+        let Some(target) = self.blocks.get_mut(block.0 as usize) else {
+            return;
+        };
+        for number in std::mem::take(&mut target.incoming) {
+            if let Some(&Site::Link {
+                patch, unlinked, ..
+            }) = self.sites.get(number as usize)
+            {
+                self.arena.patch(patch as usize, unlinked.to_le_bytes());
+            }
+        }
+    }
+
+    fn block_at(&self, offset: u32) -> Option<&Translated> {
+        let after = self.blocks.partition_point(|block| block.start <= offset);
+        self.blocks.get(after.checked_sub(1)?)
+    }
+
+    /// The guest instruction that the code at a host address stands for.
+    pub fn rip_of(&self, address: u64) -> Option<u64> {
+        let offset = u32::try_from(address.checked_sub(self.arena.start())?).ok()?;
+        let block = self.block_at(offset)?;
+        let within = offset - block.start;
+        let after = block.points.partition_point(|&(at, _)| at <= within);
+        let &(_, instruction) = block.points.get(after.checked_sub(1)?)?;
+        Some(block.rip.wrapping_add(u64::from(instruction)))
+    }
+
+    /// Discards all translations. No code may be running, and nobody may keep a block, a site or
+    /// an entry.
+    pub fn reset(&mut self) {
+        self.blocks.clear();
+        self.sites.clear();
+        self.assisted.clear();
+        self.arena.truncate(self.stub_bytes);
+    }
+}

@@ -1,0 +1,185 @@
+//! A guest instruction that the real processor executes, re-encoded: its registers renamed to the
+//! host's, its memory operand replaced by the address that the look-up left.
+
+use iced_x86::{Encoder, Instruction, Mnemonic, OpKind, Register};
+
+use super::assembler::{Assembler, reg};
+use super::registers::{
+    ADDRESS, COUNT, GUEST_COUNT, GUEST_RCX, GUEST_RSP, INDEX, home, host, part,
+};
+use crate::native::form::{Form, gpr_bit, is_fixed};
+
+/// What is emitted for one instruction.
+#[derive(Debug, Default)]
+pub(super) struct Plan {
+    /// Scratch registers that stand for guest registers of the frame: guest, host, and whether it
+    /// is stored afterwards.
+    frame: Vec<(usize, u8, bool)>,
+    /// RCX stands for the guest's.
+    count: bool,
+    /// And is written.
+    count_written: bool,
+    /// The operand's address goes to RCX too, for want of a register that needs no prefix.
+    address_in_count: bool,
+    bytes: Vec<u8>,
+    pub vectors: bool,
+    constant: Option<(usize, u64)>,
+}
+
+fn bit(guest: usize) -> u16 {
+    1 << (guest & 15)
+}
+
+impl Plan {
+    /// A constant for a guest register.
+    pub fn constant(guest: usize, value: u64) -> Self {
+        Self {
+            constant: Some((guest, value)),
+            ..Self::default()
+        }
+    }
+
+    /// `None` if registers are wanting. `original` are the guest's bytes.
+    pub fn of(
+        form: &Form,
+        instruction: &Instruction,
+        original: Option<&[u8]>,
+        encoder: &mut Encoder,
+    ) -> Option<Self> {
+        let mut plan = Self {
+            vectors: form.vector_used != 0 || form.mask_used != 0 || form.mxcsr,
+            ..Self::default()
+        };
+        let mut renamed = form.instruction;
+        let fixed = form.gpr_fixed;
+        let elsewhere = (0..16).filter(|&guest| host(guest) != Some(guest as u8));
+        for guest in elsewhere {
+            if fixed & bit(guest) != 0 && guest != GUEST_RCX {
+                return None;
+            }
+        }
+        plan.count =
+            fixed & bit(GUEST_RCX) != 0 || form.high_byte && form.gpr_used & bit(GUEST_RCX) != 0;
+        plan.count_written = plan.count && form.gpr_written & bit(GUEST_RCX) != 0;
+
+        let mut pool = Vec::with_capacity(3);
+        if !form.high_byte {
+            if !plan.count {
+                pool.push(COUNT);
+            }
+            pool.push(INDEX);
+            if !form.memory {
+                pool.push(ADDRESS);
+            }
+        }
+        let mut changed = false;
+        for n in 0..renamed.op_count() {
+            if renamed.op_kind(n) != OpKind::Register {
+                continue;
+            }
+            let register = renamed.op_register(n);
+            if !register.is_gpr() || is_fixed(renamed.op_code().op_kind(n)) {
+                continue;
+            }
+            let to = plan.place(form, register, &mut pool)?;
+            changed |= to != register;
+            renamed.set_op_register(n, to);
+        }
+        if form.memory {
+            changed = true;
+            let base = if form.high_byte {
+                if plan.count {
+                    return None;
+                }
+                plan.address_in_count = true;
+                Register::RCX
+            } else {
+                part(Register::RAX, ADDRESS)
+            };
+            renamed.set_memory_base(base);
+        } else if renamed.mnemonic() == Mnemonic::Lea {
+            for (register, set) in [
+                (
+                    renamed.memory_base(),
+                    Instruction::set_memory_base as fn(&mut Instruction, Register),
+                ),
+                (renamed.memory_index(), Instruction::set_memory_index),
+            ] {
+                if register != Register::None {
+                    let to = plan.place(form, register, &mut pool)?;
+                    changed |= to != register;
+                    set(&mut renamed, to);
+                }
+            }
+        }
+        match original {
+            Some(original) if !changed && renamed.code() == instruction.code() => {
+                plan.bytes.extend_from_slice(original);
+            }
+            _ => {
+                // Position does not matter: no operand is relative to it.
+                encoder.encode(&renamed, 0).ok()?;
+                plan.bytes = encoder.take_buffer();
+            }
+        }
+        Some(plan)
+    }
+
+    /// The register to be used for a guest register.
+    fn place(&mut self, form: &Form, register: Register, pool: &mut Vec<u8>) -> Option<Register> {
+        let guest = gpr_bit(register)?.trailing_zeros() as usize;
+        if self.count && guest == GUEST_RCX && form.high_byte {
+            return Some(register);
+        }
+        if let Some(host) = host(guest) {
+            if form.high_byte && (usize::from(host) != guest || guest == GUEST_RSP) {
+                return None;
+            }
+            return Some(if usize::from(host) == guest {
+                register
+            } else {
+                part(register, host)
+            });
+        }
+        let scratch = match self.frame.iter().find(|(g, ..)| *g == guest) {
+            Some(&(_, scratch, _)) => scratch,
+            None => {
+                let scratch = pool.pop()?;
+                let written = form.gpr_written & bit(guest) != 0;
+                self.frame.push((guest, scratch, written));
+                scratch
+            }
+        };
+        Some(part(register, scratch))
+    }
+
+    pub fn emit(&self, a: &mut Assembler) {
+        if let Some((guest, value)) = self.constant {
+            match host(guest) {
+                Some(host) => a.mov_immediate(host, value),
+                None => {
+                    a.mov_immediate(INDEX, value);
+                    a.store(home(guest), INDEX);
+                }
+            }
+            return;
+        }
+        for &(guest, scratch, _) in &self.frame {
+            a.load(scratch, home(guest));
+        }
+        if self.count {
+            a.mov(reg::RCX, GUEST_COUNT);
+        } else if self.address_in_count {
+            a.mov(reg::RCX, ADDRESS);
+        }
+        a.raw(&self.bytes);
+        if self.count_written {
+            a.mov(GUEST_COUNT, reg::RCX);
+        }
+        for &(guest, scratch, written) in &self.frame {
+            if written {
+                a.store(home(guest), scratch);
+            }
+        }
+    }
+}

@@ -1,0 +1,202 @@
+//! Runs translated code, and the helpers that it calls.
+//!
+//! The frame and the registers of [`CpuState`] are kept equal at every change between translated
+//! code and Rust: general-purpose registers and status flags are copied, vector registers are
+//! loaded and stored by the code itself where it needs them.
+#![allow(unsafe_code)]
+
+use trapline_x86::control::rflags;
+use trapline_x86::vector::MXCSR_RESET;
+use trapline_x86::{CpuState, SegmentRegister};
+
+use super::stubs::exit;
+use crate::access::{Core, Fault};
+use crate::decode::Op;
+use crate::env::{Backing, Environment};
+use crate::frame::{Frame, field};
+use crate::step::Flow;
+use crate::step::run::{Turn, single_operation};
+use crate::tlb::{Access, Privilege};
+
+/// Why translated code was left. RIP is that of the next instruction unless a site says where.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Left {
+    /// By the site with this number.
+    Site(u64),
+    /// A helper executed an instruction that ended so.
+    Turn(Turn),
+    /// The instruction at this host address must be stepped; whether the host raised an exception
+    /// there.
+    Step { address: u64, fault: bool },
+}
+
+const STATUS: u64 = 0x8d5;
+
+/// What the helpers get.
+struct Context<'a, 'b, E: Environment> {
+    core: &'a mut Core<'b, E>,
+    turn: Turn,
+}
+
+/// Copies registers and flags into the frame.
+fn enter_frame(cpu: &CpuState, frame: &mut Frame) {
+    for (n, &value) in cpu.gpr.iter().enumerate() {
+        frame.set(field::GPR + n as i32 * 8, value);
+    }
+    let overflow = cpu.rflags >> 11 & 1;
+    let others = cpu.rflags & 0xd5 | 2;
+    frame.set(field::FLAGS, overflow | others << 8);
+    frame.set(field::FS_BASE, cpu.seg[SegmentRegister::Fs as usize].base);
+    frame.set(field::GS_BASE, cpu.seg[SegmentRegister::Gs as usize].base);
+}
+
+/// Copies registers and flags back.
+fn leave_frame(cpu: &mut CpuState, frame: &Frame) {
+    for (n, value) in cpu.gpr.iter_mut().enumerate() {
+        *value = frame.get(field::GPR + n as i32 * 8);
+    }
+    let flags = frame.get(field::FLAGS);
+    let status = (flags & 1) << 11 | flags >> 8 & 0xd5;
+    cpu.rflags = cpu.rflags & !STATUS | status;
+}
+
+/// Where to begin.
+#[derive(Clone, Copy, Debug)]
+pub struct Entry {
+    /// The translator's way in.
+    pub(super) function: u64,
+    pub(super) address: u64,
+}
+
+/// Executes translated code from `entry`, that of a live block which was translated for the
+/// current context and whose first instruction is at RIP. `attention` is the VCPU's attention
+/// word.
+///
+/// # Safety
+/// `entry` is as said and its translator lives; while it runs the translator is not reset (blocks may be added, linked and
+/// unlinked), and the TLB holds only translations that may be used directly.
+pub unsafe fn run<E: Environment>(
+    core: &mut Core<'_, E>,
+    entry: Entry,
+    attention: *const u32,
+) -> Left {
+    core.leave_block = false;
+    let vector = (&raw mut core.cpu.vector) as u64;
+    let frame = core.tlb.frame_mut();
+    enter_frame(core.cpu, frame);
+    frame.set(field::VECTOR, vector);
+    frame.set(field::ATTENTION, attention as u64);
+    frame.set(field::MISS, miss::<E> as *const () as u64);
+    frame.set(field::ASSIST, assist::<E> as *const () as u64);
+    frame.set(field::VECTORS_AWAY, 1);
+    frame.set(field::HOST_MXCSR, u64::from(MXCSR_RESET));
+    let stack_pointer = frame.stack_pointer();
+    let mut context = Context {
+        core,
+        turn: Turn::Continue,
+    };
+    let pointer = &raw mut context;
+    // SAFETY: `pointer` was just made; the frame belongs to this core.
+    unsafe { &mut *pointer }
+        .core
+        .tlb
+        .frame_mut()
+        .set(field::CONTEXT, pointer as u64);
+    // SAFETY: the stub has this signature and obeys the calling convention; the entry is live, as
+    // the caller promises. Helpers get `pointer` back, and nothing else uses it meanwhile.
+    let enter: extern "sysv64" fn(u64, u64) = unsafe { std::mem::transmute(entry.function) };
+    enter(stack_pointer, entry.address);
+    // SAFETY: generated code has returned.
+    let context = unsafe { &mut *pointer };
+    let core = &mut *context.core;
+    let code = core.tlb.frame().get(field::EXIT);
+    if code == exit::MOVED {
+        // The helper has brought the registers up to date.
+        return Left::Turn(context.turn);
+    }
+    leave_frame(core.cpu, core.tlb.frame());
+    match code {
+        exit::STEP | exit::FAULT => Left::Step {
+            address: core.tlb.frame().get(field::RETURN),
+            fault: code == exit::FAULT,
+        },
+        site => Left::Site(site),
+    }
+}
+
+/// A look-up missed: translates, so that it hits when it is repeated. Anything but 0 leaves
+/// translated code.
+extern "sysv64" fn miss<E: Environment>(
+    context: *mut Context<'_, '_, E>,
+    linear: u64,
+    kind: u64,
+) -> u32 {
+    // SAFETY: the pointer that `run` put into the frame; `run` itself waits.
+    let context = unsafe { &mut *context };
+    let core = &mut *context.core;
+    let (table, size) = (kind & 0xff, kind >> 8 & 0xff);
+    let privilege = match table >> 1 {
+        0 => Privilege::Supervisor,
+        1 => Privilege::SupervisorOpen,
+        _ => Privilege::User,
+    };
+    let access = if table & 1 == 0 {
+        Access::Read
+    } else {
+        Access::Write
+    };
+    let fits = (linear & 4095) + size <= 4096;
+    if fits && CpuState::is_canonical(linear) {
+        let translation = core
+            .env
+            .translate(core.cpu, core.tlb, linear, privilege, access);
+        if let Ok(translation) = translation
+            && matches!(translation.backing, Backing::Ram(_))
+        {
+            return 0;
+        }
+    }
+    core.tlb.frame_mut().set(field::EXIT, exit::STEP);
+    1
+}
+
+/// Executes one operation. Anything but 0 leaves translated code.
+extern "sysv64" fn assist<E: Environment>(context: *mut Context<'_, '_, E>, op: *const Op) -> u32 {
+    // SAFETY: as in `miss`.
+    let context = unsafe { &mut *context };
+    // SAFETY: the translator keeps the operation until it is reset, which does not happen while
+    // its code runs.
+    let op = unsafe { &*op };
+    let core = &mut *context.core;
+    leave_frame(core.cpu, core.tlb.frame());
+    core.cpu.rip = op.instruction.ip();
+    core.leave_block = false;
+    core.look_at_checks();
+    let result = single_operation(core, op);
+    let next = op.instruction.next_ip();
+    context.turn = match result {
+        Ok(Flow::Next) if !core.leave_block && !op.ends_block() => {
+            let frame = core.tlb.frame_mut();
+            enter_frame(core.cpu, frame);
+            frame.set(field::VECTORS_AWAY, 1);
+            return 0;
+        }
+        Ok(Flow::Next | Flow::Leave) => {
+            core.cpu.rip = next;
+            Turn::Continue
+        }
+        Ok(Flow::Jump) => Turn::Continue,
+        Ok(Flow::Again) => {
+            core.cpu.rflags |= rflags::RF;
+            Turn::Continue
+        }
+        Ok(Flow::Stop) => {
+            core.cpu.rip = next;
+            Turn::Stopped
+        }
+        Err(Fault::Exception(e)) => Turn::Exception(e),
+        Err(Fault::Restart) => Turn::Restart,
+    };
+    core.tlb.frame_mut().set(field::EXIT, exit::MOVED);
+    1
+}

@@ -1,0 +1,188 @@
+//! Running translated code: finding the block at RIP, entering it, and doing what it left for.
+#![allow(unsafe_code)]
+
+use std::rc::Rc;
+use std::sync::Arc;
+
+use trapline_engine::access::{Core, Fault};
+use trapline_engine::step::events::Event;
+use trapline_engine::step::run::{Turn, run_one};
+use trapline_engine::translate::{Context, Left, Site, run};
+use trapline_x86::Mode;
+use trapline_x86::control::{cr0, dr7, rflags};
+use trapline_x86::state::{Activity, InterruptShadow};
+
+use crate::code_cache::CachedBlock;
+use crate::fetch::Wanted;
+use crate::vcpu::Vcpu;
+
+/// What is known about where translated code came from when the next block is looked for.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) enum From {
+    /// A branch within the page, to be linked: the site, and how often code had been dropped.
+    Link(u64, u64),
+    /// A branch to be found in the jump table from now on.
+    Jump,
+    /// Something else.
+    #[default]
+    Elsewhere,
+}
+
+impl Vcpu {
+    /// Whether the code at RIP may run translated: 64-bit, and no check is due at every
+    /// instruction.
+    #[inline]
+    pub(crate) fn may_run_translated(&self) -> bool {
+        let cpu = &*self.cpu;
+        let special = self.surroundings.code.translator.is_none()
+            || self.debugging
+            || self.log_blocks
+            || cpu.shadow != InterruptShadow::None
+            || cpu.rflags & (rflags::TF | rflags::RF) != 0
+            || cpu.dr7 & dr7::ENABLES != 0
+            || cpu.rflags & rflags::AC != 0 && cpu.cr0 & cr0::AM != 0 && cpu.cpl() == 3;
+        !special && cpu.mode() == Mode::Long64
+    }
+
+    /// Runs translated code until something is due that the run loop does.
+    pub(crate) fn run_translated(&mut self) {
+        let trace = Arc::clone(&self.surroundings.trace);
+        let word = trace.attention(self.surroundings.vcpu);
+        loop {
+            let context = Context::of(&self.cpu);
+            if self.last_context.is_none_or(|last| {
+                (last.sse, last.avx, last.avx512) != (context.sse, context.avx, context.avx512)
+            }) {
+                // The jump tables tell only privileges apart.
+                self.tlb.remove_jumps();
+            }
+            self.last_context = Some(context);
+            let block = match self.fetch(Wanted::Translated(context)) {
+                Ok(block) => block,
+                Err(Fault::Restart) => {
+                    self.surroundings.exits.restarts += 1;
+                    return;
+                }
+                Err(Fault::Exception(e)) => {
+                    self.undelivered = Some(Event::Exception(e));
+                    return;
+                }
+            };
+            let Some(entry) = self.enter(&block, context) else {
+                // No RAM: nothing is translated there.
+                self.step();
+                return;
+            };
+            self.statistics.blocks += 1;
+            let mut core = Core::new(&mut self.cpu, &mut self.tlb, &mut self.surroundings);
+            // SAFETY: the block has just been fetched for this context and RIP; the code is
+            // dropped only by `fetch`, never while it runs. The word lives as long as the trace
+            // system.
+            let left = unsafe { run(&mut core, entry, word.as_ptr()) };
+            if self.log_translated {
+                tracing::trace!(target: "translated", vcpu = self.surroundings.vcpu.index(), rip = format_args!("{:#x}", block.block.rip), ?left, "left");
+            }
+            match left {
+                Left::Site(number) => {
+                    let translator = self.surroundings.code.translator.as_ref();
+                    match translator.and_then(|t| t.site(number)) {
+                        Some(Site::Link { target, .. }) => {
+                            self.cpu.rip = target;
+                            self.came_from = From::Link(number, self.code_drops);
+                        }
+                        Some(Site::Jump { target }) => {
+                            self.cpu.rip = target;
+                            self.came_from = From::Jump;
+                        }
+                        Some(Site::Step { rip }) => {
+                            self.cpu.rip = rip;
+                            self.step();
+                            self.came_from = From::Jump;
+                        }
+                        Some(Site::Attention { rip }) => {
+                            self.cpu.rip = rip;
+                            return;
+                        }
+                        None => return,
+                    }
+                }
+                Left::Turn(turn) => {
+                    self.surroundings.exits.assists += 1;
+                    self.ended(turn);
+                    self.came_from = From::Jump;
+                }
+                Left::Step { address, fault } => {
+                    self.surroundings.exits.host_faults += u64::from(fault);
+                    let translator = self.surroundings.code.translator.as_ref();
+                    let Some(rip) = translator.and_then(|t| t.rip_of(address)) else {
+                        return;
+                    };
+                    self.cpu.rip = rip;
+                    self.step();
+                }
+            }
+            if word.pending()
+                || self.undelivered.is_some()
+                || self.surroundings.look_for_interrupts && self.cpu.interrupts_enabled()
+                || self.cpu.activity != Activity::Active
+                || !self.may_run_translated()
+            {
+                return;
+            }
+        }
+    }
+
+    /// Where to begin in `block`; enters it where it will be looked for.
+    fn enter(
+        &mut self,
+        block: &Rc<CachedBlock>,
+        context: Context,
+    ) -> Option<trapline_engine::translate::Entry> {
+        let from = std::mem::take(&mut self.came_from);
+        let id = block.translated?;
+        let translator = self.surroundings.code.translator.as_mut()?;
+        if let From::Link(site, drops) = from
+            && drops == self.code_drops
+        {
+            translator.link(site, id);
+        }
+        let entry = translator.entry(id)?;
+        if let From::Jump = from
+            && block.second.is_none()
+            && let Some(address) = translator.address(id)
+        {
+            self.tlb
+                .insert_jump(context.privilege, self.cpu.rip, address);
+        }
+        Some(entry)
+    }
+
+    /// Steps the instruction at RIP.
+    fn step(&mut self) {
+        self.surroundings.exits.steps += 1;
+        let block = match self.fetch(Wanted::Single) {
+            Ok(block) => block,
+            Err(Fault::Restart) => {
+                self.surroundings.exits.restarts += 1;
+                return;
+            }
+            Err(Fault::Exception(e)) => {
+                self.undelivered = Some(Event::Exception(e));
+                return;
+            }
+        };
+        let mut core = Core::new(&mut self.cpu, &mut self.tlb, &mut self.surroundings);
+        let (turn, done) = run_one(&mut core, &block.block);
+        self.statistics.instructions += done;
+        self.ended(turn);
+    }
+
+    /// What follows from how an instruction ended.
+    pub(crate) fn ended(&mut self, turn: Turn) {
+        match turn {
+            Turn::Continue | Turn::Stopped => {}
+            Turn::Exception(e) => self.undelivered = Some(Event::Exception(e)),
+            Turn::Restart => self.surroundings.exits.restarts += 1,
+        }
+    }
+}
