@@ -35,6 +35,8 @@ enum Task {
     Test,
     /// Check that no layer depends on a higher one
     Layers,
+    /// Measure what untraced and traced stores cost, in release mode (a minute on an idle machine)
+    BenchTraces,
 }
 
 /// What `cargo xtask guest` can be told.
@@ -65,6 +67,13 @@ fn main() -> ExitCode {
         Task::Run { args } => boot::run(&args),
         Task::Test => test::run(),
         Task::Layers => layers::run(),
+        Task::BenchTraces => project::check(project::cargo().args([
+            "bench",
+            "--package",
+            "trapline-monitor",
+            "--bench",
+            "traces",
+        ])),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

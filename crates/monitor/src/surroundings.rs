@@ -58,6 +58,15 @@ fn range(span: Span) -> Range {
     }
 }
 
+/// The ranges of the spans of an access, of which there are at most two, and how many there are.
+fn ranges(spans: &[Span]) -> ([Range; 2], usize) {
+    let mut ranges = [Range::new(0, 0); 2];
+    for (place, &span) in ranges.iter_mut().zip(spans) {
+        *place = range(span);
+    }
+    (ranges, spans.len().min(2))
+}
+
 fn sense(access: Access) -> Sense {
     match access {
         Access::Write => Sense::WRITE,
@@ -265,7 +274,7 @@ impl Environment for Surroundings {
         perform: &mut dyn FnMut(),
     ) -> Result<(), Restart> {
         self.exits.sensed += 1;
-        let ranges = spans.iter().map(|&s| range(s)).collect::<Vec<_>>();
+        let (ranges, pieces) = ranges(spans);
         let (code, memory, vcpu) = (&mut self.code, &*self.memory, self.vcpu);
         let touch = Touch {
             actor: Actor::Vcpu(vcpu),
@@ -277,7 +286,7 @@ impl Environment for Surroundings {
         self.trace
             .access(
                 Actor::Vcpu(vcpu),
-                &ranges,
+                &ranges[..pieces],
                 sense(access),
                 &mut |notice| {
                     if let Notice::Notification(n) = &notice
@@ -307,7 +316,7 @@ impl Environment for Surroundings {
         perform: &mut dyn FnMut(),
     ) -> Result<(), Restart> {
         self.exits.split_locks += 1;
-        let ranges = spans.iter().map(|&s| range(s)).collect::<Vec<_>>();
+        let (ranges, pieces) = ranges(spans);
         let (code, memory, vcpu) = (&mut self.code, &*self.memory, self.vcpu);
         let touch = Touch {
             actor: Actor::Vcpu(vcpu),
@@ -318,7 +327,7 @@ impl Environment for Surroundings {
         self.trace
             .exclusive(
                 vcpu,
-                &ranges,
+                &ranges[..pieces],
                 &mut |notice| Self::apply(code, memory, vcpu, tlb, &notice),
                 &mut || memory.watches().perform(memory, touch, perform),
             )
