@@ -4,6 +4,9 @@
 //! Each check comes with a mutation of the protocol that it must notice.
 #![cfg(feature = "shuttle")]
 
+mod crowd;
+mod semantics;
+
 use std::sync::Arc;
 
 use shuttle::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
@@ -13,7 +16,11 @@ use trapline_trace::{
     Actor, AlwaysSensed, Kind, Notice, Range, Sense, Sensor, TraceSystem, VcpuId, VcpuSet,
 };
 
-const SCHEDULES: usize = 10_000;
+/// Schedules of each kind.
+const SCHEDULES: usize = 5_000;
+/// How often a schedule by priorities changes them: the number of unlucky moments that a violation
+/// needs.
+const CHANGES: usize = 3;
 const L: Range = Range::new(0x1000, 0x1008);
 const T: Range = Range::new(0x2000, 0x2008);
 const A: VcpuId = VcpuId::new(0);
@@ -52,8 +59,13 @@ fn boundary(trace: &TraceSystem, vcpu: VcpuId) -> u32 {
     notified
 }
 
+/// Explores schedules where every step is anyone's, and such where one thread runs as long as it
+/// can (Burckhardt et al., "A Randomized Scheduler with Probabilistic Guarantees of Finding Bugs").
 fn check(model: impl Fn() + Send + Sync + 'static) {
-    shuttle::check_random(model, SCHEDULES);
+    let model = Arc::new(model);
+    let same = Arc::clone(&model);
+    shuttle::check_random(move || same(), SCHEDULES);
+    shuttle::check_pct(move || model(), SCHEDULES, CHANGES);
 }
 
 /// Whether some schedule violates the model, by a failed assertion or a deadlock.
