@@ -237,7 +237,7 @@ impl TraceSystem {
         if mailbox.attention.take(TRACE) == 0 {
             return false;
         }
-        if self.rendezvous.is_held(vcpu) {
+        while self.rendezvous.is_held(vcpu) {
             let start = self.observing.now();
             self.rendezvous.stop(vcpu);
             if self.mutated.is(Mutation::ResumeEarly) {
@@ -246,8 +246,12 @@ impl TraceSystem {
                 self.rendezvous.start(vcpu);
             }
             self.stalled(vcpu, start);
-            // What was queued meanwhile is taken out below.
+            // What was queued meanwhile is taken out below. The bit may also be the request of the
+            // next actor, who does not repeat it: so look again whether the VCPU is held.
             mailbox.attention.take(TRACE);
+            if self.mutated.is(Mutation::ResumeEarly) {
+                break;
+            }
         }
         self.drain(vcpu, handler)
     }
