@@ -110,9 +110,15 @@ pub struct RunArguments {
     #[arg(long, value_name = "boot=N", default_value = "boot=1", value_parser = cpus)]
     pub cpus: u8,
 
-    /// Guest memory, with a suffix K, M, G or T
-    #[arg(long, value_name = "size=SIZE", default_value = "size=512M", value_parser = memory)]
-    pub memory: u64,
+    /// Guest memory, with a suffix K, M, G or T; with mergeable=on, pages that have the same bytes
+    /// are found and kept once
+    #[arg(
+        long,
+        value_name = "size=SIZE[,mergeable=on|off]",
+        default_value = "size=512M",
+        value_parser = memory
+    )]
+    pub memory: Memory,
 
     /// First serial line: this terminal, nothing, a file, or a Unix socket to listen at
     #[arg(
@@ -221,7 +227,8 @@ impl RunArguments {
             initramfs: self.initramfs.clone(),
             cmdline: self.cmdline.clone(),
             vcpus: self.cpus,
-            memory_bytes: self.memory,
+            memory_bytes: self.memory.bytes,
+            mergeable: self.memory.mergeable,
             serial: self.serial.clone(),
             engine: match self.engine {
                 Engine::Auto => EngineKind::Auto,
@@ -261,12 +268,24 @@ fn cpus(text: &str) -> Result<u8, String> {
     }
 }
 
-fn memory(text: &str) -> Result<u64, String> {
-    let [size] = keyed::values(text, ["size"])?;
+/// The value of `--memory`.
+#[derive(Clone, Copy, Debug)]
+pub struct Memory {
+    pub bytes: u64,
+    pub mergeable: bool,
+}
+
+fn memory(text: &str) -> Result<Memory, String> {
+    let [size, mergeable] = keyed::values(text, ["size", "mergeable"])?;
     let size = size.ok_or("give the size of memory, for example size=512M")?;
     let bytes = keyed::size(size)?;
     validate_memory(bytes).map_err(|e| e.to_string())?;
-    Ok(bytes)
+    let mergeable = match mergeable {
+        None | Some("off") => false,
+        Some("on") => true,
+        Some(other) => return Err(format!("mergeable is 'on' or 'off', not '{other}'")),
+    };
+    Ok(Memory { bytes, mergeable })
 }
 
 fn serial(text: &str) -> Result<SerialMode, String> {
@@ -327,7 +346,7 @@ mod tests {
             "--initramfs=i",
             "--cmdline=-x console=ttyS0",
             "--cpus=boot=8",
-            "--memory=size=2G",
+            "--memory=size=2G,mergeable=on",
             "--serial=file=a=b",
             "--engine=step",
             "--trace-notify=all",
@@ -350,6 +369,7 @@ mod tests {
             cmdline: "-x console=ttyS0".into(),
             vcpus: 8,
             memory_bytes: 2 << 30,
+            mergeable: true,
             serial: SerialMode::File("a=b".into()),
             engine: EngineKind::Step,
             timeout: Some(Duration::from_millis(1500)),
@@ -384,6 +404,8 @@ mod tests {
             ("--memory=size=99999999999999T", "too large"),
             ("--memory=size=2097153", "4 KiB"),
             ("--memory=size=-1", "size=512M"),
+            ("--memory=mergeable=on", "size=512M"),
+            ("--memory=size=1G,mergeable=yes", "'off'"),
             ("--serial=pty", "socket=PATH"),
             ("--serial=file=", "path"),
             ("--timeout=0", "positive"),

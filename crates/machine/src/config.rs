@@ -74,6 +74,9 @@ pub struct MachineConfig {
     pub vcpus: u8,
     /// Guest RAM in bytes: a multiple of [`PAGE_BYTES`].
     pub memory_bytes: u64,
+    /// Whether pages with the same bytes are kept once. A [`crate::PageSharing`] given to
+    /// [`crate::run_sharing`] does it without this.
+    pub mergeable: bool,
     pub serial: SerialMode,
     pub engine: EngineKind,
     /// Wall time after which the machine is stopped.
@@ -129,6 +132,7 @@ impl MachineConfig {
             cmdline: String::new(),
             vcpus: 1,
             memory_bytes: 512 << 20,
+            mergeable: false,
             serial: SerialMode::default(),
             engine: EngineKind::default(),
             timeout: None,

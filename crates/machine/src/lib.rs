@@ -12,6 +12,7 @@ mod machine;
 pub mod outcome;
 mod platform;
 pub mod semantics;
+pub mod sharing;
 mod statistics;
 pub mod stop;
 mod vcpu_thread;
@@ -23,4 +24,5 @@ pub use control::Control;
 pub use outcome::{Blame, MachineError, Outcome};
 pub use stop::{StopHandle, StopReason};
 
-pub use machine::run;
+pub use machine::{run, run_sharing};
+pub use sharing::PageSharing;

@@ -31,6 +31,7 @@ use crate::gdb::{Debugger, GdbServer};
 use crate::load::{self, LoadRequest};
 use crate::outcome::{MachineError, Outcome};
 use crate::platform::Buses;
+use crate::sharing::PageSharing;
 use crate::statistics::Report;
 use crate::stop::StopHandle;
 use crate::vcpu_thread::VcpuThread;
@@ -56,6 +57,33 @@ pub fn run(
     console: Console,
     stop: StopHandle,
     control: &Control,
+) -> Result<Outcome, MachineError> {
+    if config.mergeable {
+        return run_sharing(config, console, stop, control, &PageSharing::start()?);
+    }
+    run_with(config, console, stop, control, None)
+}
+
+/// As [`run`], with memory that shares pages with the other machines of `sharing`.
+///
+/// # Errors
+/// As [`run`].
+pub fn run_sharing(
+    config: &MachineConfig,
+    console: Console,
+    stop: StopHandle,
+    control: &Control,
+    sharing: &PageSharing,
+) -> Result<Outcome, MachineError> {
+    run_with(config, console, stop, control, Some(sharing))
+}
+
+fn run_with(
+    config: &MachineConfig,
+    console: Console,
+    stop: StopHandle,
+    control: &Control,
+    sharing: Option<&PageSharing>,
 ) -> Result<Outcome, MachineError> {
     config.validate()?;
     let deadline = config.timeout.map(|limit| Instant::now() + limit);
@@ -85,8 +113,11 @@ pub fn run(
             events.as_ref(),
             control,
         )?;
+        if let Some(sharing) = sharing {
+            sharing.join(&machine.memory, &machine.trace, machine.vcpus.len());
+        }
         input.connect(Some(machine.chipset.serial_input()));
-        let end = machine.run(&stop, deadline, gdb.as_ref(), &mut report, control)?;
+        let end = machine.run(&stop, deadline, gdb.as_ref(), sharing, &mut report, control)?;
         input.connect(None);
         if end != End::Reset {
             break end;
@@ -265,6 +296,7 @@ impl Machine {
         stop: &StopHandle,
         deadline: Option<Instant>,
         gdb: Option<&GdbServer>,
+        sharing: Option<&PageSharing>,
         report: &mut Report,
         control: &Control,
     ) -> Result<End, MachineError> {
@@ -319,7 +351,9 @@ impl Machine {
         };
         let end = self.ending.wait(deadline);
         drop(attached);
-        report.add(stop_all(threads), &self.trace);
+        let vcpus = stop_all(threads);
+        let shared = sharing.map(|sharing| sharing.statistics());
+        report.add(vcpus, &self.trace, &self.memory, shared);
         if let Some(server) = server {
             let _ = server.join();
         }

@@ -4,6 +4,8 @@ use std::path::Path;
 use std::time::Instant;
 
 use serde_json::{Value, json};
+use trapline_memory::GuestMemory;
+use trapline_memory::sharing::PoolStatistics;
 use trapline_monitor::statistics::VcpuStatistics;
 use trapline_trace::TraceSystem;
 
@@ -26,10 +28,21 @@ impl Report {
     }
 
     /// Adds what the machine did between power-up or reset and its end.
-    pub fn add(&mut self, vcpus: Vec<VcpuStatistics>, trace: &TraceSystem) {
+    pub fn add(
+        &mut self,
+        vcpus: Vec<VcpuStatistics>,
+        trace: &TraceSystem,
+        memory: &GuestMemory,
+        pool: Option<PoolStatistics>,
+    ) {
         let vcpus: Vec<Value> = vcpus.iter().enumerate().map(|(n, s)| vcpu(n, s)).collect();
-        self.runs
-            .push(json!({ "vcpus": vcpus, "traces": traces(trace) }));
+        self.runs.push(json!({
+            "vcpus": vcpus,
+            "traces": traces(trace),
+            "sharing": sharing(memory, pool),
+            "resident_bytes": memory.resident_bytes(),
+            "host_pss_bytes": proportional_set_size(),
+        }));
     }
 
     /// Adds what became of the file of events.
@@ -87,6 +100,36 @@ fn vcpu(index: usize, s: &VcpuStatistics) -> Value {
             "host_faults": e.host_faults,
         },
     })
+}
+
+/// What page sharing did: for this machine, and for all in the process. Null without it.
+fn sharing(memory: &GuestMemory, pool: Option<PoolStatistics>) -> Value {
+    let (Some(own), Some(pool)) = (memory.sharing_statistics(), pool) else {
+        return Value::Null;
+    };
+    json!({
+        "shared_pages": own.shared_pages,
+        "zero_pages": own.zero_pages,
+        "merged": own.merged,
+        "unshared_by_write": own.unshared_by_write,
+        "abandoned": own.abandoned,
+        "pool": {
+            "copies": pool.copies,
+            "shared_pages": pool.shared_pages,
+            "zero_pages": pool.zero_pages,
+            "mappings": pool.mappings,
+            "bytes_saved": pool.bytes_saved(),
+        },
+    })
+}
+
+/// The host memory that this process takes, a page that is mapped several times counted once.
+/// `None` where the host does not say.
+fn proportional_set_size() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/self/smaps_rollup").ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix("Pss:"))?;
+    let kib: u64 = line.split_whitespace().next()?.parse().ok()?;
+    Some(kib << 10)
 }
 
 /// What the trace subsystem counted: per kind and semantics, and the roles of each VCPU.

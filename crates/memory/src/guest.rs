@@ -2,7 +2,8 @@
 
 use std::fs::File;
 use std::io;
-use std::sync::Arc;
+use std::os::unix::fs::MetadataExt;
+use std::sync::{Arc, OnceLock};
 
 use rustix::fs::{MemfdFlags, memfd_create};
 use trapline_trace::{Actor, Range, Sense, Sensor, TraceSystem, VcpuId, VcpuSet};
@@ -12,6 +13,7 @@ use vm_memory::{
 
 use crate::atomic::{HostBytes, exchange32, exchange64};
 use crate::pages::Pages;
+use crate::sharing::{Member, MemberStatistics};
 use crate::watch::{Touch, Watches};
 
 const PAGE_SHIFT: u32 = 12;
@@ -45,20 +47,23 @@ fn room(gpa: u64) -> usize {
     (PAGE - (gpa & (PAGE - 1))) as usize
 }
 
-struct Piece {
-    start: u64,
-    bytes: u64,
+pub(crate) struct Piece {
+    pub(crate) start: u64,
+    pub(crate) bytes: u64,
     host: usize,
-    /// Index of its first page in [`Pages`].
-    first_page: usize,
+    /// Index of its first page in [`Pages`], and in the file.
+    pub(crate) first_page: usize,
 }
 
 /// Guest RAM, mapped as long as this lives.
 pub struct GuestMemory {
     mapped: GuestMemoryMmap<()>,
-    pieces: Vec<Piece>,
+    pub(crate) pieces: Vec<Piece>,
     pages: Pages,
     watches: Arc<Watches>,
+    /// Where all pages of RAM lie in order, unless they are shared.
+    pub(crate) file: File,
+    pub(crate) sharing: OnceLock<Member>,
 }
 
 impl GuestMemory {
@@ -79,8 +84,8 @@ impl GuestMemory {
         let share = |offset| file.try_clone().map(|f| Some(FileOffset::new(f, offset)));
         let mut ranges = vec![(GuestAddress(0), low as usize, share(0).map_err(refused)?)];
         if bytes > low {
-            let file = share(low).map_err(refused)?;
-            ranges.push((GuestAddress(HIGH_START), (bytes - low) as usize, file));
+            let high = share(low).map_err(refused)?;
+            ranges.push((GuestAddress(HIGH_START), (bytes - low) as usize, high));
         }
         let mapped = GuestMemoryMmap::from_ranges_with_files(ranges)
             .map_err(|e| refused(io::Error::other(e.to_string())))?;
@@ -104,6 +109,8 @@ impl GuestMemory {
             pieces,
             pages: Pages::new(first_page),
             watches: Arc::default(),
+            file,
+            sharing: OnceLock::new(),
         })
     }
 
@@ -219,9 +226,13 @@ impl GuestMemory {
             // A writer that is no VCPU has nothing to start again.
             let touch = by(actor, &range, Sense::WRITE);
             let _ = trace.access(actor, &[range], Sense::WRITE, &mut |_| {}, &mut || {
-                let mut write = || good &= self.write_page(here, part);
+                let mut write = || {
+                    self.before_write(&[range]);
+                    good &= self.write_page(here, part);
+                };
                 self.watches.perform(self, touch, &mut write);
             });
+            self.after_writes(trace);
             at += part.len();
         }
         good
@@ -244,6 +255,44 @@ impl GuestMemory {
             at += 8;
         }
         good & self.mapped.write_slice(rest, edge(at)).is_ok()
+    }
+
+    /// To be called in the trace subsystem's lane, right before a sensed write to `ranges`: a page
+    /// that is shared becomes the machine's own.
+    #[inline]
+    pub fn before_write(&self, ranges: &[Range]) {
+        let Some(member) = self.sharing.get() else {
+            return;
+        };
+        for range in ranges.iter().filter(|range| !range.is_empty()) {
+            for page in range.lo >> PAGE_SHIFT..=(range.hi - 1) >> PAGE_SHIFT {
+                if let Some(page) = self.page(page << PAGE_SHIFT) {
+                    member.before_write(self, page);
+                }
+            }
+        }
+    }
+
+    /// To be called after sensed writes, outside the lane: removes traces that they made needless.
+    #[inline]
+    pub fn after_writes(&self, trace: &TraceSystem) {
+        if let Some(member) = self.sharing.get() {
+            member.pool.remove_released(member, trace);
+        }
+    }
+
+    /// What page sharing did; `None` if the machine takes no part in it.
+    pub fn sharing_statistics(&self) -> Option<MemberStatistics> {
+        let member = self.sharing.get()?;
+        Some(member.pool.member_statistics(member))
+    }
+
+    /// The host memory that is this machine's alone, in bytes: copies that it shares are the pool's.
+    pub fn resident_bytes(&self) -> u64 {
+        // The unit of st_blocks is 512 bytes.
+        let in_file = self.file.metadata().map_or(0, |m| m.blocks() * 512);
+        let private = self.sharing_statistics().map_or(0, |s| s.private_pages);
+        in_file + private * PAGE
     }
 
     /// Takes direct access to the page of `gpa` for a VCPU, before it makes a translation that

@@ -298,9 +298,15 @@ impl Environment for Surroundings {
                     }
                     Self::apply(code, memory, vcpu, tlb, &notice);
                 },
-                &mut || memory.watches().perform(memory, touch, perform),
+                &mut || {
+                    if access == Access::Write {
+                        memory.before_write(&ranges);
+                    }
+                    memory.watches().perform(memory, touch, perform);
+                },
             )
             .map_err(|_| Restart)?;
+        memory.after_writes(&self.trace);
         if watchpoint.is_some() {
             self.watchpoint_hit = watchpoint;
             self.trace.raise(vcpu, attention::DEBUG);
@@ -329,9 +335,14 @@ impl Environment for Surroundings {
                 vcpu,
                 &ranges[..pieces],
                 &mut |notice| Self::apply(code, memory, vcpu, tlb, &notice),
-                &mut || memory.watches().perform(memory, touch, perform),
+                &mut || {
+                    memory.before_write(&ranges);
+                    memory.watches().perform(memory, touch, perform);
+                },
             )
-            .map_err(|_| Restart)
+            .map_err(|_| Restart)?;
+        memory.after_writes(&self.trace);
+        Ok(())
     }
 
     fn device_read(&mut self, gpa: u64, data: &mut [u8]) {
