@@ -142,6 +142,21 @@ fn synchronous_notifications_of_code_are_too_weak_for_three() {
     assert_eq!(run.status, Some(PASS), "{}", run.text);
 }
 
+/// Page tables bear it: a guest flushes, and a flush waits for what is under way (\[0085\]).
+#[test]
+fn asynchronous_notifications_of_page_tables_are_strong_enough() {
+    let paging = ["shootdown", "present", "dma_paging"];
+    let names = TESTS.iter().map(|(name, _)| *name);
+    let others: Vec<_> = names.filter(|name| !paging.contains(name)).collect();
+    let options = [
+        "--trace-semantics",
+        "mmu=post-write-async",
+        "--debug-notice-delay",
+        "mmu=500",
+    ];
+    passes(4, 3 * SHORT, &others, &options);
+}
+
 /// Bracketing takes the same delay without harm.
 #[test]
 fn bracketing_bears_a_delay() {
