@@ -59,8 +59,12 @@ pub fn usage(error: &clap::Error) -> u8 {
             exit_status::USAGE
         }
         _ => {
+            let command = match std::env::args().nth(1).as_deref() {
+                Some("report") => "report",
+                _ => "run",
+            };
             line(&format!(
-                "{} (see trapline run --help)",
+                "{} (see trapline {command} --help)",
                 sentence(&error.to_string())
             ));
             exit_status::USAGE

@@ -8,6 +8,7 @@ use trapline_memory::GuestMemory;
 use trapline_memory::sharing::PoolStatistics;
 use trapline_monitor::statistics::VcpuStatistics;
 use trapline_trace::TraceSystem;
+use trapline_trace::statistics::{RoleTotals, Totals};
 
 use crate::outcome::MachineError;
 
@@ -35,10 +36,13 @@ impl Report {
         memory: &GuestMemory,
         pool: Option<PoolStatistics>,
     ) {
-        let vcpus: Vec<Value> = vcpus.iter().enumerate().map(|(n, s)| vcpu(n, s)).collect();
+        let totals = trace.totals();
+        let roles = |n| totals.roles.get(n).copied().unwrap_or_default();
+        let vcpus = vcpus.iter().enumerate();
+        let vcpus: Vec<Value> = vcpus.map(|(n, s)| vcpu(n, s, roles(n))).collect();
         self.runs.push(json!({
             "vcpus": vcpus,
-            "traces": traces(trace),
+            "traces": traces(&totals),
             "sharing": sharing(memory, pool),
             "resident_bytes": memory.resident_bytes(),
             "host_pss_bytes": proportional_set_size(),
@@ -68,22 +72,32 @@ impl Report {
     }
 }
 
-fn vcpu(index: usize, s: &VcpuStatistics) -> Value {
+fn vcpu(index: usize, s: &VcpuStatistics, roles: RoleTotals) -> Value {
     let e = &s.exits;
+    // What was derived from memory, by kind of its trace: blocks of code. Kinds from which nothing
+    // is derived are not there.
+    let invalidations = json!({ "code": s.code.invalidated_blocks });
+    let rederivations = json!({ "code": s.code.rederived_blocks });
     json!({
         "vcpu": index,
         "instructions": s.instructions,
         "blocks": s.blocks,
-        "translated_blocks": s.translated_blocks,
-        "translated_bytes": s.translated_bytes,
+        "host_seconds": (s.running_ns + s.halted_ns) as f64 / 1e9,
         "running_seconds": s.running_ns as f64 / 1e9,
         "halted_seconds": s.halted_ns as f64 / 1e9,
         "tlb_fills": s.tlb_fills,
         "decoded_blocks": s.code.decoded_blocks,
         "decoded_bytes": s.code.decoded_bytes,
-        "invalidated_blocks": s.code.invalidated_blocks,
-        "rederived_blocks": s.code.rederived_blocks,
+        "translated_blocks": s.translated_blocks,
+        "translated_bytes": s.translated_bytes,
         "code_cache_drops": s.code.drops,
+        "roles": {
+            "actor": roles.actor,
+            "consumer": roles.consumer,
+            "bystander": roles.bystander,
+        },
+        "invalidations": invalidations,
+        "rederivations": rederivations,
         "exits": {
             "port": e.port,
             "device": e.device,
@@ -132,9 +146,8 @@ fn proportional_set_size() -> Option<u64> {
     Some(kib << 10)
 }
 
-/// What the trace subsystem counted: per kind and semantics, and the roles of each VCPU.
-fn traces(trace: &TraceSystem) -> Value {
-    let totals = trace.totals();
+/// What the trace subsystem counted, per kind and semantics.
+fn traces(totals: &Totals) -> Value {
     let kinds: Vec<Value> = totals
         .kinds
         .iter()
@@ -154,10 +167,5 @@ fn traces(trace: &TraceSystem) -> Value {
             })
         })
         .collect();
-    let roles: Vec<Value> = totals
-        .roles
-        .iter()
-        .map(|r| json!({ "actor": r.actor, "consumer": r.consumer, "bystander": r.bystander }))
-        .collect();
-    json!({ "kinds": kinds, "roles": roles, "beside": totals.beside })
+    json!({ "kinds": kinds, "beside": totals.beside })
 }

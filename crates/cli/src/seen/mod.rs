@@ -31,8 +31,10 @@ pub enum SeenError {
     Truncated { path: PathBuf, line: usize },
     #[error("{path} is no file of --events or --stats: {fault}", path = .path.display())]
     Malformed { path: PathBuf, fault: String },
-    #[error("{path} has no events for --html; give a file that --events wrote", path = .path.display())]
-    NoEvents { path: PathBuf },
+    #[error("--html shows one file of --events, but {count} are given")]
+    NotOne { count: usize },
+    #[error("--html would replace {path}, which the report is of; give another path", path = .path.display())]
+    SameFile { path: PathBuf },
     #[error("cannot write {path}: {source}; give a path that can be written", path = .path.display())]
     Write { path: PathBuf, source: io::Error },
 }
@@ -45,7 +47,11 @@ pub fn run(arguments: &ReportArguments) -> u8 {
             report::line(&error.to_string());
             match error {
                 SeenError::Write { .. } => exit_status::HOST_REFUSED,
-                _ => exit_status::BAD_INPUT,
+                SeenError::NotOne { .. } | SeenError::SameFile { .. } => exit_status::USAGE,
+                SeenError::Read { .. }
+                | SeenError::Empty { .. }
+                | SeenError::Truncated { .. }
+                | SeenError::Malformed { .. } => exit_status::BAD_INPUT,
             }
         }
     }
@@ -58,21 +64,22 @@ enum File {
 }
 
 fn make(arguments: &ReportArguments) -> Result<(), SeenError> {
+    let files: Vec<(&Path, File)> = arguments
+        .paths
+        .iter()
+        .map(|path| Ok((path.as_path(), read(path)?)))
+        .collect::<Result<_, _>>()?;
+    if let Some(html) = &arguments.html {
+        page(html, &files)?;
+    }
     let mut out = String::new();
-    for path in &arguments.paths {
-        match read(path)? {
-            File::Events(events) => {
-                text::events(&mut out, path, &events, arguments.top);
-                if let Some(html) = &arguments.html {
-                    write_page(html, path, &events)?;
-                }
-            }
-            File::Stats(stats) => {
-                text::stats(&mut out, path, &stats);
-                if arguments.html.is_some() && arguments.paths.len() == 1 {
-                    return Err(SeenError::NoEvents { path: path.clone() });
-                }
-            }
+    for (n, (path, file)) in files.iter().enumerate() {
+        if n > 0 {
+            out.push('\n');
+        }
+        match file {
+            File::Events(events) => text::events(&mut out, path, events, arguments.top),
+            File::Stats(stats) => text::stats(&mut out, path, stats),
         }
     }
     match io::stdout().write_all(out.as_bytes()) {
@@ -83,6 +90,30 @@ fn make(arguments: &ReportArguments) -> Result<(), SeenError> {
         }),
         _ => Ok(()),
     }
+}
+
+/// Writes the page of the one file of events.
+fn page(page: &Path, files: &[(&Path, File)]) -> Result<(), SeenError> {
+    let same = |a: &Path, b: &Path| {
+        let canonical = |path: &Path| fs::canonicalize(path).ok();
+        canonical(a).is_some_and(|a| Some(a) == canonical(b))
+    };
+    if let Some((path, _)) = files.iter().find(|(path, _)| same(page, path)) {
+        return Err(SeenError::SameFile {
+            path: path.to_path_buf(),
+        });
+    }
+    let mut events = files.iter().filter_map(|(path, file)| match file {
+        File::Events(events) => Some((path, events)),
+        File::Stats(_) => None,
+    });
+    let (Some((path, one)), None) = (events.next(), events.next()) else {
+        let of_events = |(_, file): &&(&Path, File)| matches!(file, File::Events(_));
+        return Err(SeenError::NotOne {
+            count: files.iter().filter(of_events).count(),
+        });
+    };
+    write_page(page, path, one)
 }
 
 fn write_page(page: &Path, path: &Path, events: &Events) -> Result<(), SeenError> {

@@ -1,5 +1,7 @@
 //! Reading a file of `--stats`: of it, what concerns traces.
 
+use std::collections::BTreeMap;
+
 use serde::Deserialize;
 
 /// The file. What it lacks counts as zero, so that files of older versions can be read.
@@ -26,8 +28,10 @@ pub struct Vcpu {
     pub running_seconds: f64,
     pub halted_seconds: f64,
     pub tlb_fills: u64,
-    pub invalidations: u64,
-    pub rederivations: u64,
+    /// By kind.
+    pub invalidations: BTreeMap<String, u64>,
+    /// By kind.
+    pub rederivations: BTreeMap<String, u64>,
     pub roles: Roles,
 }
 

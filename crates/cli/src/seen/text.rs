@@ -1,5 +1,6 @@
 //! The report as text.
 
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::path::Path;
 
@@ -251,6 +252,14 @@ fn histogram(out: &mut String, waits: &Waits) {
     table.write(out);
 }
 
+/// The sum over all kinds.
+fn sum(by_kind: &BTreeMap<String, u64>) -> String {
+    let sum = by_kind
+        .values()
+        .fold(0, |sum: u64, n| sum.saturating_add(*n));
+    sum.to_string()
+}
+
 /// What a file of `--stats` tells of traces.
 pub fn stats(out: &mut String, path: &Path, file: &Stats) {
     let _ = writeln!(
@@ -320,8 +329,8 @@ pub fn stats(out: &mut String, path: &Path, file: &Stats) {
                 v.roles.actor.to_string(),
                 v.roles.consumer.to_string(),
                 v.roles.bystander.to_string(),
-                v.invalidations.to_string(),
-                v.rederivations.to_string(),
+                sum(&v.invalidations),
+                sum(&v.rederivations),
                 v.tlb_fills.to_string(),
                 v.instructions.to_string(),
                 format!("{:.2} s", v.running_seconds),

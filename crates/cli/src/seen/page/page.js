@@ -28,8 +28,8 @@ function facts(data) {
 }
 
 /// A table whose first `left` columns are words.
-function plainTable(into, table, left) {
-  const side = (n) => (n < left ? { class: n === 0 && left > 1 ? "l mono" : "l" } : {});
+function plainTable(into, table, left, address = false) {
+  const side = (n) => (n < left ? { class: n === 0 && address ? "l mono" : "l" } : {});
   const head = element("tr", {}, ...table.head.map((cell, n) => element("th", { scope: "col", ...(n < left ? { class: "l" } : {}) }, cell)));
   const rows = table.rows.map((row) => element("tr", {}, ...row.map((cell, n) => element("td", side(n), cell))));
   const place = document.getElementById(into);
@@ -82,7 +82,10 @@ function waitHistograms(data) {
 function details(data, n, actorOf) {
   const place = document.getElementById("details");
   place.replaceChildren();
-  if (n < 0) return;
+  if (n < 0) {
+    place.append(element("span", { class: "hint" }, "Point at an event to read about it; click to keep it here."));
+    return;
+  }
   const e = data.events, category = data.categories[e.category[n]];
   const bytes = (lo, length) => `[${hex(lo)}, ${hex(lo + length)})`;
   const add = (name, value) => place.append(element("span", {}, element("b", {}, `${name} `), value), " ");
@@ -117,7 +120,7 @@ function main() {
   facts(data);
   rolesTable(data);
   waitHistograms(data);
-  plainTable("regions", data.regions, 2);
+  plainTable("regions", data.regions, 2, true);
   plainTable("totals", data.totals, 2);
 
   const hidden = new Set();
@@ -136,7 +139,7 @@ function main() {
     };
     const swatch = element("i");
     swatch.style.background = `var(--kind${kind})`;
-    document.getElementById("kinds").append(element("label", {}, box, swatch, kind ? data.kinds[kind] : "no kind"));
+    document.getElementById("kinds").append(element("label", {}, box, swatch, kind ? data.kinds[kind] : "other"));
   }
   document.getElementById("zoom-in").onclick = () => timeline.zoom(0.5);
   document.getElementById("zoom-out").onclick = () => timeline.zoom(2);
@@ -151,6 +154,7 @@ function main() {
   if (from < to) timeline.show(from * 1000, to * 1000);
   const [at, length] = (wanted.get("memory") ?? "").split("+").map(Number);
   if (at >= 0 && length > 0) memory.look(at, length);
+  details(data, -1);
   timeline.draw();
   memory.draw();
   requestAnimationFrame(() => requestAnimationFrame(() => {

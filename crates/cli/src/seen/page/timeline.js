@@ -79,7 +79,8 @@ function Timeline(data, shown, changed, tell) {
     const lane = tracks[e.track[n]].lanes[laneOf[e.category[n]]];
     lane.events.push(n);
     lane.longest = Math.max(lane.longest, e.length[n]);
-    if (data.categories[e.category[n]] === "actor" && e.sequence[n]) {
+    // Accesses to devices' registers are counted apart, and nobody is notified of them.
+    if (data.categories[e.category[n]] === "actor" && e.sequence[n] && e.sets[e.set[n]].length) {
       const known = actors.get(e.sequence[n]);
       if (known) known.push(n); else actors.set(e.sequence[n], [n]);
     }
