@@ -55,12 +55,8 @@ fn texts(output: &Output) -> (String, String) {
     )
 }
 
-/// Runs a guest that checks itself; all its checks must pass, and it must have made some.
-fn passes(guest: &str, vcpus: u32) {
-    passes_with(guest, vcpus, &[]);
-}
-
-/// As [`passes`], with further options.
+/// Runs a guest that checks itself, with further options; all its checks must pass, and it must have
+/// made some.
 fn passes_with(guest: &str, vcpus: u32, options: &[&str]) {
     let cpus = format!("boot={vcpus}");
     let options = [&["--timeout", "120", "--cpus", &cpus], options].concat();
@@ -77,15 +73,25 @@ fn passes_with(guest: &str, vcpus: u32, options: &[&str]) {
     assert!(!out.contains("FAIL"), "{}", context());
 }
 
-/// One test per guest and number of VCPUs.
+/// One test per guest and number of VCPUs, with either engine.
 macro_rules! guests {
     ($($test:ident: $guest:literal, $vcpus:literal;)*) => {
-        $(
-            #[test]
-            fn $test() {
-                passes($guest, $vcpus);
-            }
-        )*
+        mod translated {
+            $(
+                #[test]
+                fn $test() {
+                    super::passes_with($guest, $vcpus, &["--engine", "translate"]);
+                }
+            )*
+        }
+        mod stepped {
+            $(
+                #[test]
+                fn $test() {
+                    super::passes_with($guest, $vcpus, &["--engine", "step"]);
+                }
+            )*
+        }
     };
 }
 

@@ -323,7 +323,7 @@ impl Machine {
             Arc::clone(&self.memory),
             Arc::clone(&self.trace),
         );
-        let translate = self.engine == EngineKind::Translate;
+        let translate = self.engine != EngineKind::Step;
         let mut threads = Vec::new();
         for (n, (signals, cpu)) in self.vcpus.into_iter().enumerate() {
             let Some(apic) = self.chipset.local_apic(n) else {

@@ -206,15 +206,16 @@ impl Translator {
         Ok(BlockId(self.blocks.len() as u32 - 1))
     }
 
-    /// Where to begin a block: with its poll.
+    /// Where to begin a block: behind its poll, since the caller has polled. So every turn gets on.
     pub fn entry(&self, block: BlockId) -> Option<Entry> {
+        let block = self.blocks.get(block.0 as usize)?;
         Some(Entry {
             function: self.stubs.enter,
-            address: self.address(block)?,
+            address: self.arena.start() + u64::from(block.entry),
         })
     }
 
-    /// The host address of a block, for the jump tables.
+    /// The host address of a block with its poll, for the jump tables.
     pub fn address(&self, block: BlockId) -> Option<u64> {
         let block = self.blocks.get(block.0 as usize)?;
         Some(self.arena.start() + u64::from(block.start))
