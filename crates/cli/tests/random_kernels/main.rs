@@ -1,9 +1,12 @@
 //! Random bytes as a kernel: no panic, an exit status that is documented, an end within the time
 //! limit, no more memory than the machine needs.
 //!
-//! `TRAPLINE_FUZZ_SECONDS` sets how long (20 unless set), `TRAPLINE_FUZZ_SEED` repeats a run:
-//! kernel `n` of a run depends on the seed and on `n` alone. `TRAPLINE_FUZZ_FIRST` begins at a later
-//! kernel, `TRAPLINE_FUZZ_GUESTS` names a folder whose files are mutated too.
+//! `TRAPLINE_FUZZ_SECONDS` sets how long (20 unless set), `TRAPLINE_FUZZ_PROCESSOR_SECONDS` ends the
+//! run earlier, when the machines have used that much processor time. `TRAPLINE_FUZZ_SEED` repeats a
+//! run: kernel `n` of a run depends on the seed and on `n` alone. `TRAPLINE_FUZZ_FIRST` begins at a
+//! later kernel, `TRAPLINE_FUZZ_GUESTS` names a folder whose files are mutated too, and
+//! `TRAPLINE_FUZZ_WORKERS` says how many machines run at a time (2 unless set).
+//! Every minute it prints how far it is.
 
 mod code;
 mod container;
@@ -21,9 +24,6 @@ use container::Guests;
 use random::Random;
 use run::Ended;
 
-/// Machines at a time.
-const WORKERS: u64 = 2;
-
 fn setting(name: &str) -> Option<u64> {
     let text = std::env::var(name).ok()?;
     let hex = text.strip_prefix("0x");
@@ -38,13 +38,15 @@ fn setting(name: &str) -> Option<u64> {
 #[derive(Default)]
 struct Tally {
     by_status: BTreeMap<i32, u64>,
-    processor: Duration,
     peak_kib: u64,
 }
 
 #[test]
 fn random_kernels_end_in_an_orderly_way() {
     let limit = Duration::from_secs(setting("TRAPLINE_FUZZ_SECONDS").unwrap_or(20));
+    let processor_limit =
+        setting("TRAPLINE_FUZZ_PROCESSOR_SECONDS").map_or(Duration::MAX, Duration::from_secs);
+    let workers = setting("TRAPLINE_FUZZ_WORKERS").unwrap_or(2).clamp(1, 64);
     let seed = setting("TRAPLINE_FUZZ_SEED").unwrap_or_else(|| {
         let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
         now.map_or(1, |now| now.as_nanos() as u64)
@@ -61,11 +63,16 @@ fn random_kernels_end_in_an_orderly_way() {
     let next = AtomicU64::new(setting("TRAPLINE_FUZZ_FIRST").unwrap_or(0));
     let failed = AtomicBool::new(false);
     let tallies: Mutex<BTreeMap<&str, Tally>> = Mutex::default();
+    let minutes = AtomicU64::new(0);
     std::thread::scope(|scope| {
-        for worker in 0..WORKERS {
+        for worker in 0..workers {
             let (next, failed, tallies, guests) = (&next, &failed, &tallies, &guests);
+            let minutes = &minutes;
             scope.spawn(move || {
-                while start.elapsed() < limit && !failed.load(Ordering::Relaxed) {
+                while start.elapsed() < limit
+                    && run::processor_time_of_all() < processor_limit
+                    && !failed.load(Ordering::Relaxed)
+                {
                     let n = next.fetch_add(1, Ordering::Relaxed);
                     let mut random =
                         Random::new(seed ^ (n + 1).wrapping_mul(0xd134_2543_de82_ef95));
@@ -90,28 +97,28 @@ fn random_kernels_end_in_an_orderly_way() {
                         .by_status
                         .entry(ended.status.unwrap_or(-1))
                         .or_default() += 1;
-                    tally.processor += ended.processor;
                     tally.peak_kib = tally.peak_kib.max(ended.peak_kib);
+                    let minute = start.elapsed().as_secs() / 60;
+                    if minutes.fetch_max(minute, Ordering::Relaxed) < minute {
+                        let used = run::processor_time_of_all().as_secs();
+                        println!("{minute} min: {n} kernels, {used} s of processor time");
+                    }
                 }
             });
         }
     });
     let tallies = tallies.into_inner().unwrap_or_else(|e| e.into_inner());
     let mut total = 0;
-    let mut processor = Duration::ZERO;
     for (kind, tally) in &tallies {
         println!(
-            "{kind}: by status {:?}, {:.1} s of processor time, at most {} KiB",
-            tally.by_status,
-            tally.processor.as_secs_f64(),
-            tally.peak_kib
+            "{kind}: by status {:?}, at most {} KiB",
+            tally.by_status, tally.peak_kib
         );
         total += tally.by_status.values().sum::<u64>();
-        processor += tally.processor;
     }
     println!(
         "{total} kernels, {:.1} s of processor time",
-        processor.as_secs_f64()
+        run::processor_time_of_all().as_secs_f64()
     );
     assert!(total > 0);
 }

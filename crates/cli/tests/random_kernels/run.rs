@@ -14,7 +14,7 @@ pub const MOST_KIB: u64 = (MEMORY_MIB + 160) * 1024;
 /// `--timeout`, in seconds.
 const TIME_LIMIT: u64 = 1;
 /// How long it may take to end after that, on a busy host.
-const SLACK: Duration = Duration::from_secs(20);
+const SLACK: Duration = Duration::from_secs(60);
 /// Clock ticks per second in `/proc/PID/stat`.
 const TICKS: u64 = 100;
 
@@ -25,7 +25,6 @@ pub struct Ended {
     pub how: String,
     pub message: String,
     pub elapsed: Duration,
-    pub processor: Duration,
     pub peak_kib: u64,
     /// It had to be killed.
     pub overran: bool,
@@ -66,16 +65,13 @@ pub fn run(worker: u64, image: &[u8], random: &mut Random) -> Ended {
         .stderr(File::create(&errors).expect("a temporary file"))
         .spawn()
         .expect("trapline starts");
-    let (mut peak_kib, mut processor, mut overran) = (0, Duration::ZERO, false);
+    let (mut peak_kib, mut overran) = (0, false);
     let status = loop {
         if let Some(status) = child.try_wait().expect("the child can be waited for") {
             break status;
         }
         if let Some(now) = peak(child.id()) {
             peak_kib = now.max(peak_kib);
-        }
-        if let Some(now) = processor_time(child.id()) {
-            processor = now.max(processor);
         }
         if start.elapsed() > Duration::from_secs(TIME_LIMIT) + SLACK {
             overran = true;
@@ -96,7 +92,6 @@ pub fn run(worker: u64, image: &[u8], random: &mut Random) -> Ended {
         how: status.to_string(),
         message: String::from_utf8_lossy(&message).into_owned(),
         elapsed,
-        processor,
         peak_kib,
         overran,
     }
@@ -109,10 +104,13 @@ fn peak(process: u32) -> Option<u64> {
     line.split_whitespace().next()?.parse().ok()
 }
 
-/// Its user and system time so far.
-fn processor_time(process: u32) -> Option<Duration> {
-    let text = std::fs::read_to_string(format!("/proc/{process}/stat")).ok()?;
-    let fields: Vec<&str> = text.rsplit(')').next()?.split_whitespace().collect();
-    let ticks: u64 = fields.get(11)?.parse::<u64>().ok()? + fields.get(12)?.parse::<u64>().ok()?;
-    Some(Duration::from_millis(ticks * 1000 / TICKS))
+/// User and system time of all machines that have ended.
+pub fn processor_time_of_all() -> Duration {
+    let ticks = || {
+        let text = std::fs::read_to_string("/proc/self/stat").ok()?;
+        let fields: Vec<&str> = text.rsplit(')').next()?.split_whitespace().collect();
+        // Times of children waited for: fields 16 and 17 of all, of which two come before.
+        Some(fields.get(13)?.parse::<u64>().ok()? + fields.get(14)?.parse::<u64>().ok()?)
+    };
+    Duration::from_millis(ticks().unwrap_or(0) * 1000 / TICKS)
 }
