@@ -73,7 +73,8 @@ pub fn decode(
             }
             break;
         }
-        let allowed = features.allow(&instruction);
+        let undefined = is_wide_outside_64_bit(&instruction, &bytes[at..decoder.position()], mode);
+        let allowed = features.allow(&instruction) && !undefined;
         let mut op = Op::new(instruction, mode, allowed);
         if instruction.is_invalid() && is_too_long(&bytes[at..], mode) {
             op.kind = OpKind::TooLong;
@@ -138,6 +139,22 @@ fn exchange_or_pause(instruction: Instruction, bytes: &[u8]) -> Instruction {
     exchange.set_next_ip(instruction.next_ip());
     exchange.set_len(instruction.len());
     exchange
+}
+
+/// Whether VEX.W asks VPINSRD or VPEXTRD for 64 bits outside 64-bit mode, where that is undefined
+/// (SDM vol. 2, "PEXTRB/PEXTRD/PEXTRQ"); the decoder ignores it there. The EVEX forms do ignore it.
+fn is_wide_outside_64_bit(instruction: &Instruction, bytes: &[u8], mode: Mode) -> bool {
+    let moves_element = matches!(
+        instruction.code(),
+        Code::VEX_Vpinsrd_xmm_xmm_rm32_imm8 | Code::VEX_Vpextrd_rm32_xmm_imm8
+    );
+    if mode == Mode::Long64 || !moves_element {
+        return false;
+    }
+    // C4, two bytes of VEX, the first of which has no W.
+    let vex = bytes.iter().position(|&byte| byte == 0xc4);
+    vex.and_then(|at| bytes.get(at + 2))
+        .is_some_and(|byte| byte & 0x80 != 0)
 }
 
 /// Whether an instruction that does not decode is longer than 15 bytes rather than undefined: it
@@ -214,5 +231,30 @@ mod tests {
         // PUSH ES is undefined in 64-bit mode.
         assert!(!prefixed(13, &[0x06]));
         assert!(!prefixed(3, &[0x06]));
+    }
+
+    #[test]
+    fn quadwords_are_inserted_in_64_bit_mode_only() {
+        let mut native = NativeCode::new().unwrap();
+        let features = Features::new(|leaf, _| {
+            // All that a processor may have.
+            [if leaf == 0 { 7 } else { u32::MAX }; 4]
+        });
+        let mut undefined =
+            |bytes: &[u8], mode| match decode(bytes, 0, mode, &features, &mut native) {
+                Ok(DecodeEnd::Block(block)) => block.ops[0].kind == OpKind::Undefined,
+                other => panic!("{other:?}"),
+            };
+        // vpinsrd xmm2, xmm6, eax, 1 with VEX.W clear and set; vpextrd edx, xmm2, 1 with it set.
+        let narrow = [0x2e, 0xc4, 0xe3, 0x49, 0x22, 0xd0, 1];
+        let wide = [0x2e, 0xc4, 0xe3, 0xc9, 0x22, 0xd0, 1];
+        let extract = [0xc4, 0xe3, 0xf9, 0x16, 0xd2, 1];
+        for mode in [Mode::Protected16, Mode::Protected32] {
+            assert!(!undefined(&narrow, mode));
+            assert!(undefined(&wide, mode));
+            assert!(undefined(&extract, mode));
+        }
+        assert!(!undefined(&wide, Mode::Long64));
+        assert!(!undefined(&extract, Mode::Long64));
     }
 }

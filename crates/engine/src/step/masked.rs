@@ -18,8 +18,9 @@ const VECTOR: usize = 64;
 #[repr(align(64))]
 struct Buffer([u8; 2 * VECTOR]);
 
-/// Which bytes of the memory operand the instruction accesses, one bit each.
-fn active_bytes<E: Environment>(core: &Core<'_, E>, op: &Op) -> u64 {
+/// Which bytes of the memory operand the instruction accesses, one bit each, and the size of its
+/// elements.
+fn active_bytes<E: Environment>(core: &Core<'_, E>, op: &Op) -> (u64, usize) {
     let i = &op.instruction;
     let size = usize::from(op.memory_size).min(VECTOR);
     let whole = if size == 64 {
@@ -33,15 +34,16 @@ fn active_bytes<E: Environment>(core: &Core<'_, E>, op: &Op) -> u64 {
         let mask = if i.op0_kind() == Operand::Memory || i.op2_kind() == Operand::Memory {
             mask
         } else {
-            return whole;
+            return (whole, size.max(1));
         };
         let element = match i.mnemonic() {
             Mnemonic::Vmaskmovpd | Mnemonic::Vpmaskmovq => 8,
             _ => 4,
         };
-        return (0..size / element)
+        let bits = (0..size / element)
             .filter(|n| mask[(n + 1) * element - 1] & 0x80 != 0)
             .fold(0, |bits, n| bits | ((1 << element) - 1) << (n * element));
+        return (bits, element);
     }
     let k = core.cpu.vector.k[i.op_mask().number()];
     let element = if i.is_broadcast() {
@@ -62,7 +64,7 @@ fn active_bytes<E: Environment>(core: &Core<'_, E>, op: &Op) -> u64 {
         .unwrap_or(VECTOR);
     if i.is_broadcast() {
         let used = low_bits(broadcast_bytes(i) / element);
-        return if k & used != 0 { whole } else { 0 };
+        return (if k & used != 0 { whole } else { 0 }, element);
     }
     let elements = size / element;
     let k = if is_tuple_broadcast(i) {
@@ -99,11 +101,12 @@ fn active_bytes<E: Environment>(core: &Core<'_, E>, op: &Op) -> u64 {
         used
     };
     if element == 1 {
-        return used;
+        return (used, 1);
     }
-    (0..elements.min(64))
+    let bits = (0..elements.min(64))
         .filter(|n| used >> n & 1 != 0)
-        .fold(0, |bits, n| bits | ((1u64 << element) - 1) << (n * element))
+        .fold(0, |bits, n| bits | ((1u64 << element) - 1) << (n * element));
+    (bits, element)
 }
 
 /// The low `n` bits.
@@ -193,14 +196,10 @@ pub fn native_masked<E: Environment>(
     let active = active_bytes(core, op);
     let mut buffer = Buffer([0; 2 * VECTOR]);
     let start = address::operand_address(core.cpu, i);
-    // The address size wraps the first byte's offset alone.
-    let first = address::effective_offset(core.cpu, i);
-    let segment = address::memory_segment(core.cpu, i);
     let offset = (start & 63) as usize;
-    let runs = runs(active);
-    for &(at, len) in &runs {
-        let linear = address::linear_for(core, segment, first.wrapping_add(at as u64), len, kind)
-            .map_err(|fault| run::comes_first(core.cpu, thunk, start, size, fault))?;
+    let (places, limit) = places(core, i, active, kind);
+    let told = |core: &Core<'_, E>, fault| run::comes_first(core.cpu, thunk, start, size, fault);
+    for &(at, len, linear) in &places {
         let bytes = &mut buffer.0[offset + at..offset + at + len];
         let read = if access == OperandAccess::Read {
             Ok(())
@@ -208,21 +207,59 @@ pub fn native_masked<E: Environment>(
             core.probe_write(linear, len, privilege)
         }
         .and_then(|()| core.read_bytes(linear, bytes, privilege));
-        read.map_err(|fault| run::comes_first(core.cpu, thunk, start, size, fault))?;
+        read.map_err(|fault| told(core, fault))?;
+    }
+    if let Err(fault) = limit {
+        return Err(told(core, fault));
     }
     let before = core.cpu.clone();
     run::call(thunk, core.cpu, buffer.0[offset..].as_mut_ptr())
         .map_err(|vector| run::floating_point_exception(core.cpu, vector))?;
     if access != OperandAccess::Read {
-        for &(at, len) in &runs {
-            let linear =
-                address::linear_for(core, segment, first.wrapping_add(at as u64), len, kind)?;
+        for &(at, len, linear) in &places {
             let data = &buffer.0[offset + at..offset + at + len];
             core.write_bytes(linear, data, privilege)
                 .inspect_err(|_| *core.cpu = before.clone())?;
         }
     }
     Ok(Flow::Next)
+}
+
+/// Part of an operand: its first byte, the number of its bytes, its linear address.
+type Place = (usize, usize, u64);
+
+/// Where the active bytes of the operand are, up to the first that the segment does not hold, and
+/// the fault of that one. Outside 64-bit mode VMASKMOV wraps the offset of every element at 4 GiB,
+/// masked EVEX instructions do not (measured).
+fn places<E: Environment>(
+    core: &Core<'_, E>,
+    i: &Instruction,
+    (active, element): (u64, usize),
+    access: Access,
+) -> (Vec<Place>, Result<(), Fault>) {
+    // The address size wraps the first byte's offset alone.
+    let first = address::effective_offset(core.cpu, i);
+    let segment = address::memory_segment(core.cpu, i);
+    let wraps = core.cpu.mode() != Mode::Long64 && i.encoding() == EncodingKind::VEX;
+    let wrap = if wraps { 0xffff_ffff } else { u64::MAX };
+    let linear = |at: usize, len| {
+        let offset = first.wrapping_add(at as u64) & wrap;
+        address::linear_for(core, segment, offset, len, access)
+    };
+    let mut places = Vec::new();
+    for (at, len) in runs(active) {
+        if let Ok(linear) = linear(at, len) {
+            places.push((at, len, linear));
+            continue;
+        }
+        for n in (at..at + len).step_by(element) {
+            match linear(n, element) {
+                Ok(linear) => places.push((n, element, linear)),
+                Err(fault) => return (places, Err(fault)),
+            }
+        }
+    }
+    (places, Ok(()))
 }
 
 /// Runs of set bits as (start, length).
@@ -348,18 +385,15 @@ pub fn mask_move<E: Environment>(core: &mut Core<'_, E>, i: &Instruction) -> Exe
     let segment = address::prefix_segment(i);
     let privilege = Privilege::of_data(core.cpu);
     let base = core.cpu.gpr(Gpr::Rdi);
-    let places: Vec<(u64, u8)> = (0..size)
-        .filter(|&n| mask[n] & 0x80 != 0)
-        .map(|n| {
-            let offset = base.wrapping_add(n as u64) & wrap;
-            address::linear_for(core, segment, offset, 1, Access::Write).map(|l| (l, data[n]))
-        })
-        .collect::<Result<_, Fault>>()?;
-    let start = address::linear_for(core, segment, base & wrap, 1, Access::Write);
     // Whether bytes that the mask disables fault is left open; with processors that do so, they do.
-    core.probe_write(start?, size, privilege)?;
-    for (linear, byte) in places {
-        core.write::<1>(linear, u64::from(byte), privilege)?;
+    // The address size wraps the first byte's offset alone.
+    let start = address::linear_for(core, segment, base & wrap, size, Access::Write)?;
+    core.probe_write(start, size, privilege)?;
+    let wide = core.cpu.mode() == Mode::Long64;
+    for n in (0..size).filter(|&n| mask[n] & 0x80 != 0) {
+        let linear = start.wrapping_add(n as u64);
+        let linear = if wide { linear } else { linear & 0xffff_ffff };
+        core.write::<1>(linear, u64::from(data[n]), privilege)?;
     }
     if size == 8 {
         enter_mmx(core.cpu);

@@ -197,3 +197,8 @@ fn the_engine_agrees_with_the_processor() {
 fn the_engine_agrees_in_32_bit_code() {
     whole::compare(32);
 }
+
+#[test]
+fn the_engine_agrees_in_16_bit_code() {
+    whole::compare(16);
+}

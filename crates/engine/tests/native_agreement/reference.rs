@@ -400,6 +400,8 @@ pub unsafe fn handle_faults(handler: extern "C" fn(c_int, *mut libc::siginfo_t, 
             let mut action: libc::sigaction = std::mem::zeroed();
             action.sa_sigaction = handler as usize;
             action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
+            // A tick must not find a fault half handled.
+            libc::sigaddset(&mut action.sa_mask, libc::SIGVTALRM);
             libc::sigaction(signal, &action, ptr::null_mut());
         }
     }
@@ -438,7 +440,7 @@ unsafe fn prepare() {
         map(CODE as *mut c_void, 4096, libc::MAP_PRIVATE);
         map(DATA as *mut c_void, 4096, libc::MAP_PRIVATE);
         set_up_control();
-        add_segment(CODE_16_SELECTOR >> 3, CODE as u32, true);
+        add_segment(CODE_16_SELECTOR >> 3, CODE as u32, 0xffff, true);
         // jmp [rip]; address
         let exit = (CODE as *mut u8).add(EXIT);
         ptr::copy_nonoverlapping([0xff, 0x25, 0, 0, 0, 0].as_ptr(), exit, 6);
@@ -450,9 +452,36 @@ unsafe fn prepare() {
     }
 }
 
+/// Sends a signal to `handler`, on the faults' stack, whenever the thread has executed user code for
+/// `interval` microseconds.
+///
+/// # Safety
+/// As [`handle_faults`], which was called.
+pub unsafe fn tick(
+    handler: extern "C" fn(c_int, *mut libc::siginfo_t, *mut c_void),
+    interval: libc::suseconds_t,
+) {
+    let interval = libc::timeval {
+        tv_sec: 0,
+        tv_usec: interval,
+    };
+    let timer = libc::itimerval {
+        it_interval: interval,
+        it_value: interval,
+    };
+    // SAFETY: valid structures.
+    unsafe {
+        let mut action: libc::sigaction = std::mem::zeroed();
+        action.sa_sigaction = handler as usize;
+        action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK | libc::SA_RESTART;
+        libc::sigaction(libc::SIGVTALRM, &action, ptr::null_mut());
+        libc::setitimer(libc::ITIMER_VIRTUAL, &timer, ptr::null_mut());
+    }
+}
+
 /// Makes entry `number` of the local descriptor table a 16-bit code or data segment that begins at
 /// `base`.
-pub fn add_segment(number: u16, base: u32, code: bool) {
+pub fn add_segment(number: u16, base: u32, limit: u32, code: bool) {
     /// `struct user_desc` of the kernel's interface.
     #[repr(C)]
     struct Descriptor {
@@ -465,7 +494,7 @@ pub fn add_segment(number: u16, base: u32, code: bool) {
     let descriptor = Descriptor {
         entry_number: number.into(),
         base_addr: base,
-        limit: 0xffff,
+        limit,
         flags: if code { CONTENTS_CODE } else { 0 },
     };
     // SAFETY: reads the descriptor only. Without the segment, 16-bit cases end the child.

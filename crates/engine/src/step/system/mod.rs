@@ -301,13 +301,14 @@ fn bound<E: Environment>(core: &mut Core<'_, E>, instr: &Instruction) -> Execute
     let register = instr.op0_register();
     let size = register.size().clamp(2, 4);
     let privilege = Privilege::of_data(core.cpu);
-    let low = address::linear(core, instr, size, Access::Read)?;
-    let high = address::linear_at(core, instr, size as u64, size, Access::Read)?;
     let signed = |value: u64| match size {
         2 => i64::from(value as i16),
         _ => i64::from(value as i32),
     };
+    // One after the other: a fault of the first comes before anything of the second.
+    let low = address::linear(core, instr, size, Access::Read)?;
     let low = signed(core.read_sized(low, size, privilege)?);
+    let high = address::linear_at(core, instr, size as u64, size, Access::Read)?;
     let high = signed(core.read_sized(high, size, privilege)?);
     let index = signed(register_value(core.cpu, register));
     if index < low || index > high {

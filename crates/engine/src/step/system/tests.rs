@@ -3,7 +3,7 @@
 
 use trapline_x86::control::{cr0, cr3, cr4, dr6, efer, rflags};
 use trapline_x86::state::{Activity, InterruptShadow};
-use trapline_x86::{Exception, Gpr, Mode, Vector};
+use trapline_x86::{Exception, Gpr, Mode, SegmentRegister, Vector};
 
 use crate::step::Flow;
 use crate::step::tests_support::*;
@@ -381,6 +381,11 @@ fn bounds() {
         dr6: 0,
     };
     assert_eq!(rig.run(&[0x62, 0x03]), raises(e));
+    // The first bound is not present, the second is behind the limit.
+    rig.cpu.segment_mut(SegmentRegister::Ds).limit = 0x7003;
+    rig.env.absent.insert(0x7000);
+    let not_present = Exception::page_fault(0x7000, 0);
+    assert_eq!(rig.run(&[0x62, 0x03]), raises(not_present));
 }
 
 #[test]

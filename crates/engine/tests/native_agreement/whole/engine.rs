@@ -17,10 +17,11 @@ use trapline_x86::control::{cr0, cr4, efer};
 use trapline_x86::exception::page_fault;
 use trapline_x86::segment::Rights;
 use trapline_x86::state::InterruptShadow;
-use trapline_x86::{CpuState, Exception, Segment, SegmentRegister};
+use trapline_x86::{CpuState, Exception, Mode, Segment, SegmentRegister};
 
 use super::case::{
-    CODE, CODE_BYTES, Case, DATA, ERROR_BITS, Memory, Outcome, PAGE, PAGES, Page, backing, bases,
+    ASTRAY, CODE, CODE_BYTES, Case, DATA, ERROR_BITS, Memory, Outcome, PAGE, PAGES, Page, Run,
+    backing, data_base,
 };
 
 /// How memory is reached: each way is another path through the engine.
@@ -211,8 +212,8 @@ impl Engine {
         cpu.rflags = case.registers.rflags;
         cpu.vector.clone_from(&case.registers.vector);
         cpu.shadow = InterruptShadow::None;
-        let (code, data) = bases(case.bits);
-        cpu.rip = CODE - code;
+        let (code, limit) = case.code_segment();
+        cpu.rip = case.ip();
         let segment = |base, limit, rights, selector| Segment {
             base,
             limit,
@@ -229,26 +230,33 @@ impl Engine {
                 segment(0, u32::MAX, 0xc0f3, 0x2b),
             ),
             _ => (
-                segment(code, 0xffff, 0x00fb, 0xf),
-                segment(data, 0xffff, 0x00f3, 0x17),
+                segment(code, limit, 0x00fb, 0x17 + ((case.segment as u16) << 3)),
+                segment(data_base(16), 0xffff, 0x00f3, 0xf),
             ),
         };
         cpu.seg = [other, cs, other, other, Segment::null(0), Segment::null(0)];
     }
 
-    /// Runs `case` to its exception. Returns the number of instructions completed, and counts what
+    /// Runs a case to its exception. Returns the number of instructions completed, and counts what
     /// executed them.
     pub fn execute(
         &mut self,
-        case: &Case,
+        Run { case, instructions }: &Run,
         outcome: &mut Outcome,
         kinds: &mut BTreeMap<&'static str, u64>,
     ) -> u64 {
         self.load(case);
         let (mut done, mut steps) = (0, 0);
+        let starts = instructions.iter().map(|i| i.ip());
+        let end = case.ip() + u64::from(case.len);
         let exception = loop {
             steps += 1;
-            assert!(steps < MOST_STEPS, "{:02x?} goes round", case.code);
+            let ip = self.cpu.rip;
+            let inside = (case.ip()..end).contains(&ip) && starts.clone().all(|start| start != ip);
+            if inside || steps == MOST_STEPS {
+                outcome.vector = ASTRAY;
+                return done;
+            }
             match self.step(&mut done, kinds) {
                 Turn::Exception(exception) => break exception,
                 Turn::Continue => {}
@@ -280,6 +288,11 @@ impl Engine {
         if !CpuState::is_canonical(linear) {
             return Turn::Exception(Exception::general_protection(0));
         }
+        let cs = self.cpu.cs();
+        let past_limit = mode != Mode::Long64 && self.cpu.rip > u64::from(cs.limit);
+        if past_limit {
+            return Turn::Exception(Exception::general_protection(0));
+        }
         if linear & !0xfff != CODE {
             let present = match self.around.page(linear) {
                 None | Some((_, Page::Hole)) => 0,
@@ -289,6 +302,13 @@ impl Engine {
             return Turn::Exception(Exception::page_fault(linear, error));
         }
         let bytes = &self.around.code[(linear - CODE) as usize..];
+        let left = u64::from(cs.limit) - self.cpu.rip.min(u64::from(cs.limit)) + 1;
+        let limited = mode != Mode::Long64 && left < bytes.len() as u64;
+        let bytes = if limited {
+            &bytes[..left as usize]
+        } else {
+            bytes
+        };
         let rip = self.cpu.rip;
         let decoded = match decode(bytes, rip, mode, &self.features, &mut self.native) {
             Err(ThunkError::Full) => {
@@ -298,6 +318,9 @@ impl Engine {
             other => other,
         };
         let Ok(DecodeEnd::Block(mut block)) = decoded else {
+            if limited {
+                return Turn::Exception(Exception::general_protection(0));
+            }
             // Behind the last breakpoint of the page.
             let error = page_fault::FETCH | page_fault::USER;
             return Turn::Exception(Exception::page_fault(CODE + PAGE as u64, error));

@@ -6,7 +6,7 @@ use iced_x86::{
 };
 use trapline_engine::decode::features::Features;
 
-use super::case::{CODE, CODE_BYTES, Case, DATA, PAGE, PAGES, Run, bases};
+use super::case::{CODE_16, CODE_BYTES, Case, DATA, PAGE, PAGES, Run, data_base};
 use super::engine::features;
 use crate::case::Registers;
 use crate::generate::{Generator as Single, floats, number};
@@ -147,7 +147,7 @@ impl Generator {
     }
 
     fn decode(&self, bytes: &[u8], at: u64) -> Instruction {
-        let ip = CODE - bases(self.bits).0 + at;
+        let ip = self.case.ip() + at;
         Decoder::with_ip(self.bits, bytes, ip, DecoderOptions::NONE).decode()
     }
 
@@ -234,6 +234,7 @@ impl Generator {
         self.single.change_world();
         let random = &mut self.single.random;
         let case = &mut self.case;
+        case.segment = random.below(CODE_16.len()) as u32;
         case.registers.clone_from(&self.single.world.registers);
         if random.one_in(6) {
             case.registers.rflags |= 0x400;
@@ -356,7 +357,7 @@ fn target(random: &mut Random, bits: u32) -> u64 {
     };
     let near = if random.one_in(3) { near & !63 } else { near };
     let linear = DATA.wrapping_add(edge).wrapping_add(near);
-    let offset = linear.wrapping_sub(bases(bits).1);
+    let offset = linear.wrapping_sub(data_base(bits));
     if bits == 64 {
         offset
     } else {

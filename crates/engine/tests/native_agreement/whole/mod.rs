@@ -12,7 +12,7 @@ mod processor;
 
 use std::collections::BTreeMap;
 
-use case::{Outcome, differences};
+use case::{ASTRAY, Outcome, differences};
 use engine::{Backed, Engine};
 use generate::Generator;
 use processor::{BATCH, Processor};
@@ -29,6 +29,7 @@ pub fn compare(bits: u32) {
     let mut vectors: BTreeMap<u32, u64> = BTreeMap::new();
     let mut kinds: BTreeMap<&'static str, u64> = BTreeMap::new();
     let mut wrong: BTreeMap<String, (u64, String)> = BTreeMap::new();
+    let mut astray = 0;
     while done < count {
         let runs: Vec<_> = (0..BATCH).map(|_| generator.next()).collect();
         let batch = processor.batch();
@@ -39,9 +40,10 @@ pub fn compare(bits: u32) {
         engine.set_backing(Backed::ALL[cases % Backed::ALL.len()]);
         cases += 1;
         for (run, expected) in runs.iter().zip(&processor.batch().outcomes) {
-            instructions += engine.execute(&run.case, &mut outcome, &mut kinds);
+            instructions += engine.execute(run, &mut outcome, &mut kinds);
             done += run.instructions.len();
             *vectors.entry(expected.vector).or_default() += 1;
+            astray += u64::from(outcome.vector == ASTRAY);
             let names = differences(run, expected, &outcome);
             if names.is_empty() {
                 continue;
@@ -56,9 +58,10 @@ pub fn compare(bits: u32) {
                 let text: Vec<String> = run.instructions.iter().map(ToString::to_string).collect();
                 let r = &run.case.registers;
                 entry.1 = format!(
-                    "{} ({:02x?}) {:?}: {}\n  before: gpr {:x?} flags {:#x} k {:x?}",
+                    "{} ({:02x?}) at {:#x} {:?}: {}\n  before: gpr {:x?} flags {:#x} k {:x?}",
                     text.join("; "),
                     &run.case.code[..run.case.len as usize],
+                    run.case.ip(),
                     engine.backing(),
                     names.join("; "),
                     r.gpr,
@@ -70,7 +73,7 @@ pub fn compare(bits: u32) {
         }
     }
     println!(
-        "{done} instructions generated, {instructions} completed, by vector: {vectors:?}, by kind: {kinds:?}"
+        "{done} instructions generated, {instructions} completed, by vector: {vectors:?}, by kind: {kinds:?}, {astray} runs went astray"
     );
     let mut shortest: Vec<_> = wrong.iter().collect();
     shortest.sort_by_key(|(codes, _)| codes.matches(',').count());

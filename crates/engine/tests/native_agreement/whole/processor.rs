@@ -7,15 +7,19 @@ use std::ffi::{c_int, c_void};
 use std::ptr;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use super::case::{CODE, CODE_BYTES, Case, DATA, ERROR_BITS, Memory, Outcome, PAGE, PAGES, Page};
+use super::case::{
+    ASTRAY, CODE, CODE_16, CODE_BYTES, Case, DATA, ERROR_BITS, Memory, Outcome, PAGE, PAGES, Page,
+};
 use crate::reference::{self, CODE_32_SELECTOR, CODE_64_SELECTOR, Child, DATA_SELECTOR};
 
 /// Cases handed over at a time.
 pub const BATCH: usize = 32;
-/// Selects the second descriptor of the local descriptor table: 16-bit code at [`CODE`].
-const CODE_16_SELECTOR: u16 = 0xf;
-/// The third: 16-bit data at [`DATA`].
-const DATA_16_SELECTOR: u16 = 0x17;
+/// Selects the second descriptor of the local descriptor table: 16-bit data at [`DATA`].
+const DATA_16_SELECTOR: u16 = 0xf;
+/// The third and those that follow: 16-bit code.
+const CODE_16_SELECTOR: u16 = 0x17;
+/// Microseconds of its own time after which a case is taken to be endless, twice at most.
+const ENDLESS_AFTER: libc::suseconds_t = 20_000;
 
 #[repr(C, align(4096))]
 pub struct Batch {
@@ -62,6 +66,9 @@ struct Places {
 static SEEN: [AtomicU64; 4] = [const { AtomicU64::new(0) }; 4];
 /// The child runs a case.
 static RUNNING: AtomicBool = AtomicBool::new(false);
+/// Cases begun, and how many they were at the timer's last tick.
+static BEGUN: AtomicU64 = AtomicU64::new(0);
+static TICKED: AtomicU64 = AtomicU64::new(0);
 
 /// # Safety
 /// In the child.
@@ -106,9 +113,16 @@ unsafe fn prepare() -> Places {
             at.read_volatile();
         }
         all.write_bytes(0xcc, PAGE);
-        reference::add_segment(CODE_16_SELECTOR >> 3, CODE as u32, true);
-        reference::add_segment(DATA_16_SELECTOR >> 3, DATA as u32, false);
+        reference::add_segment(DATA_16_SELECTOR >> 3, DATA as u32, 0xffff, false);
+        for (n, segment) in CODE_16.iter().enumerate() {
+            let number = (CODE_16_SELECTOR >> 3) + n as u16;
+            let base = CODE as u32 - segment.start;
+            reference::add_segment(number, base, segment.limit, true);
+        }
         reference::handle_faults(on_fault);
+        reference::tick(on_tick, ENDLESS_AFTER);
+        // A run that went astray gets no further than this process.
+        libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_STRICT);
         Places {
             code: all,
             memory: all.add(PAGE).cast(),
@@ -123,11 +137,15 @@ unsafe fn execute(case: &Case, outcome: &mut Outcome, places: &Places) {
     unsafe {
         ptr::copy_nonoverlapping(case.code.as_ptr(), places.code, CODE_BYTES);
         ptr::copy_nonoverlapping(&case.memory, places.memory, 1);
-        let (ip, code, data) = match case.bits {
-            64 => (CODE, CODE_64_SELECTOR, DATA_SELECTOR),
-            32 => (CODE, CODE_32_SELECTOR, DATA_SELECTOR),
-            _ => (0, CODE_16_SELECTOR, DATA_16_SELECTOR),
+        let (code, data) = match case.bits {
+            64 => (CODE_64_SELECTOR, DATA_SELECTOR),
+            32 => (CODE_32_SELECTOR, DATA_SELECTOR),
+            _ => {
+                let selector = CODE_16_SELECTOR + ((case.segment as u16) << 3);
+                (selector, DATA_16_SELECTOR)
+            }
         };
+        BEGUN.fetch_add(1, Ordering::SeqCst);
         RUNNING.store(true, Ordering::SeqCst);
         // Nothing from here to the case enters the kernel by SYSCALL, which sets SS.
         asm!(
@@ -136,7 +154,7 @@ unsafe fn execute(case: &Case, outcome: &mut Outcome, places: &Places) {
             "mov ss, {0:x}",
             in(reg) data,
         );
-        outcome.registers = reference::enter(&case.registers, ip as u32, code);
+        outcome.registers = reference::enter(&case.registers, case.ip() as u32, code);
         asm!("mov ds, {0:x}", "mov es, {0:x}", in(reg) DATA_SELECTOR);
         ptr::copy_nonoverlapping(places.memory, &mut outcome.memory, 1);
         let [vector, rip, address, error] = [0, 1, 2, 3].map(|n| SEEN[n].load(Ordering::SeqCst));
@@ -159,19 +177,34 @@ extern "C" fn on_fault(_: c_int, _: *mut libc::siginfo_t, context: *mut c_void) 
             libc::_exit(1);
         }
         let registers = &mut (*context.cast::<libc::ucontext_t>()).uc_mcontext.gregs;
-        for (place, register) in SEEN.iter().zip([
-            libc::REG_TRAPNO,
-            libc::REG_RIP,
-            libc::REG_CR2,
-            libc::REG_ERR,
-        ]) {
-            place.store(registers[register as usize] as u64, Ordering::SeqCst);
-        }
-        registers[libc::REG_RIP as usize] = reference::exit_address() as i64;
-        let selectors = &mut registers[libc::REG_CSGSFS as usize];
-        // CS in the lowest 16 bits, SS in the highest.
-        *selectors = (*selectors & 0x0000_ffff_ffff_0000)
-            | i64::from(CODE_64_SELECTOR)
-            | ((u64::from(DATA_SELECTOR) << 48) as i64);
+        leave(registers, registers[libc::REG_TRAPNO as usize] as u64);
     }
+}
+
+/// Ends a case in which two ticks came.
+extern "C" fn on_tick(_: c_int, _: *mut libc::siginfo_t, context: *mut c_void) {
+    let begun = BEGUN.load(Ordering::SeqCst);
+    let again = TICKED.swap(begun, Ordering::SeqCst) == begun;
+    if again && RUNNING.swap(false, Ordering::SeqCst) {
+        // SAFETY: the kernel passes the thread's `ucontext_t`.
+        unsafe {
+            let registers = &mut (*context.cast::<libc::ucontext_t>()).uc_mcontext.gregs;
+            leave(registers, ASTRAY.into());
+        }
+    }
+}
+
+/// Notes what ended the case, and sends the thread to the end of the assembly.
+fn leave(registers: &mut [libc::greg_t; 23], vector: u64) {
+    SEEN[0].store(vector, Ordering::SeqCst);
+    let others = [libc::REG_RIP, libc::REG_CR2, libc::REG_ERR];
+    for (place, register) in SEEN[1..].iter().zip(others) {
+        place.store(registers[register as usize] as u64, Ordering::SeqCst);
+    }
+    registers[libc::REG_RIP as usize] = reference::exit_address() as i64;
+    let selectors = &mut registers[libc::REG_CSGSFS as usize];
+    // CS in the lowest 16 bits, SS in the highest.
+    *selectors = (*selectors & 0x0000_ffff_ffff_0000)
+        | i64::from(CODE_64_SELECTOR)
+        | ((u64::from(DATA_SELECTOR) << 48) as i64);
 }
