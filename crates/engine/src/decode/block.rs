@@ -241,7 +241,7 @@ mod tests {
             [if leaf == 0 { 7 } else { u32::MAX }; 4]
         });
         let mut undefined =
-            |bytes: &[u8], mode| match decode(bytes, 0, mode, &features, &mut native) {
+            |bytes: &[u8], mode| match decode(bytes, 0, mode, &features, Some(&mut native), 1) {
                 Ok(DecodeEnd::Block(block)) => block.ops[0].kind == OpKind::Undefined,
                 other => panic!("{other:?}"),
             };

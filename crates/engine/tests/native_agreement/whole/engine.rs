@@ -310,10 +310,24 @@ impl Engine {
             bytes
         };
         let rip = self.cpu.rip;
-        let decoded = match decode(bytes, rip, mode, &self.features, &mut self.native) {
+        let decoded = match decode(
+            bytes,
+            rip,
+            mode,
+            &self.features,
+            Some(&mut self.native),
+            usize::MAX,
+        ) {
             Err(ThunkError::Full) => {
                 self.native.reset();
-                decode(bytes, rip, mode, &self.features, &mut self.native)
+                decode(
+                    bytes,
+                    rip,
+                    mode,
+                    &self.features,
+                    Some(&mut self.native),
+                    usize::MAX,
+                )
             }
             other => other,
         };
