@@ -14,6 +14,8 @@ use trapline_machine::keyed;
 use trapline_machine::semantics::{NoticeDelays, TraceSemantics};
 use trapline_machine::watch::WatchSpec;
 
+use crate::ctl::CtlArguments;
+
 const EXAMPLE: &str = "\
 Example: boot a Linux kernel on two processors, with its console in this terminal
   trapline run --kernel vmlinuz --initramfs initramfs.cpio.gz \\
@@ -52,6 +54,8 @@ pub struct Arguments {
 pub enum Command {
     /// Build a machine, boot a kernel on it, and run it to its end
     Run(Box<RunArguments>),
+    /// Ask a running machine something, by its API socket
+    Ctl(CtlArguments),
     /// Tell what files of "run --events" and "run --stats" hold
     Report(ReportArguments),
 }
@@ -168,6 +172,14 @@ pub struct RunArguments {
     /// Let notifications of a kind take this many microseconds to reach their consumers
     #[arg(long, value_name = "KIND=MICROSECONDS,…", hide = true)]
     pub debug_notice_delay: Option<NoticeDelays>,
+
+    /// Listen here for requests: HTTP with JSON on a Unix socket
+    ///
+    /// Example: --api-socket /tmp/vm.sock, and then
+    /// curl --unix-socket /tmp/vm.sock http://localhost/api/v1/vm.info
+    /// or trapline ctl --api-socket /tmp/vm.sock info
+    #[arg(long, value_name = "PATH")]
+    pub api_socket: Option<PathBuf>,
 
     /// Let gdb connect here ("target remote ADDRESS:PORT"); the guest stops when it does
     #[arg(long, value_name = "[ADDRESS:]PORT")]
@@ -326,7 +338,7 @@ mod tests {
             Arguments::try_parse_from(fixed.iter().chain(options)).map_err(|e| e.to_string())?;
         match arguments.command {
             Command::Run(run) => Ok(run.config()),
-            Command::Report(_) => Err("no run".into()),
+            Command::Report(_) | Command::Ctl(_) => Err("no run".into()),
         }
     }
 

@@ -36,7 +36,7 @@ pub fn of_outcome(outcome: &Outcome) -> u8 {
 
 pub fn of_stop(reason: StopReason) -> u8 {
     match reason {
-        StopReason::Console => 0,
+        StopReason::Console | StopReason::Control => 0,
         StopReason::Signal(number) => SIGNAL_BASE.saturating_add(number.clamp(0, 64) as u8),
         StopReason::OutputClosed => HOST_REFUSED,
     }
@@ -64,6 +64,7 @@ mod tests {
     #[test]
     fn stops() {
         assert_eq!(of_stop(StopReason::Console), 0);
+        assert_eq!(of_stop(StopReason::Control), 0);
         assert_eq!(of_stop(StopReason::Signal(15)), 143);
         assert_eq!(of_stop(StopReason::Signal(-1)), 128);
         assert_eq!(of_stop(StopReason::OutputClosed), 71);

@@ -1,7 +1,9 @@
 //! The command line of Trapline.
 
+mod api;
 mod arguments;
 mod console;
+mod ctl;
 mod escape;
 mod exit_status;
 mod log;
@@ -10,12 +12,15 @@ mod seen;
 mod signals;
 mod terminal;
 
+use std::path::Path;
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use clap::Parser;
 use trapline_machine::config::SerialMode;
 use trapline_machine::{Console, Control, MachineConfig, MachineError, Outcome, StopHandle};
 
+use api::ApiSocket;
 use arguments::{Arguments, Command, RunArguments};
 
 fn main() -> ExitCode {
@@ -26,6 +31,9 @@ fn main() -> ExitCode {
         Ok(Arguments {
             command: Command::Report(report),
         }) => seen::run(&report),
+        Ok(Arguments {
+            command: Command::Ctl(ctl),
+        }) => ctl::run(&ctl),
         Err(error) => report::usage(&error),
     };
     ExitCode::from(status)
@@ -37,7 +45,7 @@ fn run_machine(arguments: &RunArguments) -> u8 {
     if let Err(error) = log::start(arguments.log.clone(), arguments.log_file.as_deref()) {
         return report::error(&error);
     }
-    let ended = start_and_wait(&config);
+    let ended = start_and_wait(&config, arguments.api_socket.as_deref());
     // Before anything is printed.
     terminal::restore();
     match ended {
@@ -46,17 +54,24 @@ fn run_machine(arguments: &RunArguments) -> u8 {
     }
 }
 
-fn start_and_wait(config: &MachineConfig) -> Result<Outcome, MachineError> {
+fn start_and_wait(
+    config: &MachineConfig,
+    api_socket: Option<&Path>,
+) -> Result<Outcome, MachineError> {
     config.validate()?;
     let stop = StopHandle::new();
     terminal::restore_on_panic();
     signals::watch(&stop)?;
     signals::survive_file_limit();
+    let control = Arc::new(Control::default());
+    let _api = api_socket
+        .map(|path| ApiSocket::open(path, &control))
+        .transpose()?;
     let console = match &config.serial {
         SerialMode::Tty => console::open(&stop)?,
         SerialMode::Null => Console::null(),
         SerialMode::File(path) => Console::file(path)?,
         SerialMode::Socket(path) => Console::socket(path)?,
     };
-    trapline_machine::run(config, console, stop, &Control::default())
+    trapline_machine::run(config, console, stop, &control)
 }

@@ -21,7 +21,9 @@ pub fn error(error: &MachineError) -> u8 {
 /// Says how a machine ended, if there is anything to say, and returns the exit status.
 pub fn outcome(outcome: &Outcome) -> u8 {
     match outcome {
-        Outcome::PowerOff | Outcome::DebugExit(_) | Outcome::Stopped(StopReason::Console) => {}
+        Outcome::PowerOff
+        | Outcome::DebugExit(_)
+        | Outcome::Stopped(StopReason::Console | StopReason::Control) => {}
         Outcome::Crashed {
             vcpu,
             reason,

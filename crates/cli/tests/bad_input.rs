@@ -229,6 +229,20 @@ fn watches_and_semantics_that_cannot_be() {
     refused(&[&run[..], &twice].concat(), 64, "'a'");
     let log = ["--watch=gpa=0-1", "--watch-log=/nonexistent/x"];
     refused(&[&run[..], &log].concat(), 71, "/nonexistent/x");
+    let long = format!("--api-socket=/tmp/{}", "x".repeat(200));
+    for socket in ["--api-socket=/nonexistent/x", "--api-socket=/", &long] {
+        let path = socket.strip_prefix("--api-socket=").unwrap();
+        refused(&["run", "--kernel", kernel, socket], 71, path);
+    }
+    // Not a socket: it is not replaced.
+    let socket = format!("--api-socket={kernel}");
+    refused(&["run", "--kernel", kernel, &socket], 71, kernel);
+    refused(
+        &["ctl", "--api-socket", "/nonexistent/x", "info"],
+        71,
+        "/nonexistent/x",
+    );
+    refused(&["ctl", "info"], 64, "--api-socket");
     std::fs::remove_file(path).unwrap();
 }
 

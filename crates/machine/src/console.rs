@@ -102,7 +102,7 @@ impl Console {
 }
 
 /// Removes a socket at `path` that nobody listens on any more.
-fn remove_abandoned(path: &Path) {
+pub fn remove_abandoned(path: &Path) {
     let is_socket = path
         .symlink_metadata()
         .is_ok_and(|m| m.file_type().is_socket());

@@ -45,6 +45,11 @@ impl Ending {
         self.announced.notify_all();
     }
 
+    /// Whether an end has been announced.
+    pub fn is_announced(&self) -> bool {
+        self.lock().is_some()
+    }
+
     /// Waits for the end; [`End::TimedOut`] when `deadline` passes first.
     pub fn wait(&self, deadline: Option<Instant>) -> End {
         let mut end = self.lock();

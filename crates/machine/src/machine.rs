@@ -313,6 +313,14 @@ impl Machine {
         stop.on_request(move |reason| ending.announce(End::Stopped(reason)));
         let attached = control.attach(Live {
             trace: Arc::clone(&self.trace),
+            vcpus: self.vcpus.iter().map(|(s, _)| Arc::clone(s)).collect(),
+            ending: Arc::clone(&self.ending),
+            memory: Arc::clone(&self.memory),
+            pool: sharing.map(PageSharing::pool),
+            press_power_button: {
+                let chipset = Arc::clone(&self.chipset);
+                Box::new(move || chipset.press_power_button())
+            },
         });
         let debugger = Debugger::new(
             self.vcpus

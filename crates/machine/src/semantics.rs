@@ -86,7 +86,19 @@ impl FromStr for TraceSemantics {
     }
 }
 
+/// The semantics that hold now, of every kind that has a choice.
+pub fn current(trace: &TraceSystem) -> [(Kind, Semantics); 5] {
+    CHOOSABLE.map(|kind| (kind, trace.semantics(kind)))
+}
+
 impl TraceSemantics {
+    /// Has `later` override these.
+    pub fn extend(&mut self, later: Self) {
+        self.0
+            .retain(|(kind, _)| !later.0.iter().any(|(k, _)| k == kind));
+        self.0.extend(later.0);
+    }
+
     /// Sets them, before or while a guest runs: from the next event on they hold.
     pub fn apply(&self, trace: &TraceSystem) {
         for (kind, semantics) in &self.0 {

@@ -72,6 +72,10 @@ impl PageSharing {
         })
     }
 
+    pub(crate) fn pool(&self) -> Arc<SharingPool> {
+        Arc::clone(&self.pool)
+    }
+
     /// What is shared now.
     pub fn statistics(&self) -> PoolStatistics {
         self.pool.statistics()

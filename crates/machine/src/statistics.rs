@@ -36,17 +36,7 @@ impl Report {
         memory: &GuestMemory,
         pool: Option<PoolStatistics>,
     ) {
-        let totals = trace.totals();
-        let roles = |n| totals.roles.get(n).copied().unwrap_or_default();
-        let vcpus = vcpus.iter().enumerate();
-        let vcpus: Vec<Value> = vcpus.map(|(n, s)| vcpu(n, s, roles(n))).collect();
-        self.runs.push(json!({
-            "vcpus": vcpus,
-            "traces": traces(&totals),
-            "sharing": sharing(memory, pool),
-            "resident_bytes": memory.resident_bytes(),
-            "host_pss_bytes": proportional_set_size(),
-        }));
+        self.runs.push(boot(&vcpus, trace, memory, pool));
     }
 
     /// Adds what became of the file of events.
@@ -70,6 +60,26 @@ impl Report {
             source,
         })
     }
+}
+
+/// What a machine did since power-up or reset.
+pub fn boot(
+    vcpus: &[VcpuStatistics],
+    trace: &TraceSystem,
+    memory: &GuestMemory,
+    pool: Option<PoolStatistics>,
+) -> Value {
+    let totals = trace.totals();
+    let roles = |n| totals.roles.get(n).copied().unwrap_or_default();
+    let vcpus = vcpus.iter().enumerate();
+    let vcpus: Vec<Value> = vcpus.map(|(n, s)| vcpu(n, s, roles(n))).collect();
+    json!({
+        "vcpus": vcpus,
+        "traces": traces(&totals),
+        "sharing": sharing(memory, pool),
+        "resident_bytes": memory.resident_bytes(),
+        "host_pss_bytes": proportional_set_size(),
+    })
 }
 
 fn vcpu(index: usize, s: &VcpuStatistics, roles: RoleTotals) -> Value {
@@ -147,7 +157,7 @@ fn proportional_set_size() -> Option<u64> {
 }
 
 /// What the trace subsystem counted, per kind and semantics.
-fn traces(totals: &Totals) -> Value {
+pub fn traces(totals: &Totals) -> Value {
     let kinds: Vec<Value> = totals
         .kinds
         .iter()

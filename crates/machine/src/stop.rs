@@ -10,6 +10,8 @@ pub enum StopReason {
     Console,
     /// A signal to the process, by its number.
     Signal(i32),
+    /// The user, at the API socket or the monitor console.
+    Control,
     /// Where the serial line's output went was closed.
     OutputClosed,
 }

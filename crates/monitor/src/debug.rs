@@ -1,8 +1,11 @@
-//! How a debugger stops a VCPU, looks at it and lets it go on.
+//! How a debugger stops a VCPU, looks at it and lets it go on, and how the machine is paused.
 //!
 //! Each VCPU has a [`DebugPort`]. The debugger asks it to stop; the VCPU's thread does so at its
 //! next instruction boundary, lends its registers to the port and waits. A VCPU also stops by
 //! itself at a breakpoint or behind an access that a watchpoint covers.
+//!
+//! Whoever pauses the machine *holds* its VCPUs in the same place. Debugger and holder do not know
+//! of each other: a VCPU goes on when neither wants it to stay.
 //!
 //! # Locks
 //! A port's mutex is a leaf; nothing is called under it. The breakpoints' lock is a leaf too.
@@ -25,6 +28,8 @@ pub enum StopCause {
     Breakpoint,
     /// It has accessed the bytes of the watchpoint with this number.
     Watchpoint(u64),
+    /// It is held, and the debugger does not want it.
+    Held,
 }
 
 /// How a stopped VCPU goes on.
@@ -39,6 +44,8 @@ pub enum Resume {
 struct State {
     /// The debugger wants the VCPU stopped.
     wanted: bool,
+    /// The machine is paused.
+    held: bool,
     stopped: Option<(StopCause, Box<CpuState>)>,
     resume: Option<Resume>,
     /// The debugger has seen the present stop.
@@ -62,6 +69,18 @@ impl DebugPort {
         self.lock().wanted = true;
     }
 
+    /// Holder's side: the VCPU is to stay at its next instruction boundary. The caller raises its
+    /// attention word afterwards.
+    pub fn hold(&self) {
+        self.lock().held = true;
+    }
+
+    /// Holder's side: the VCPU may go on unless the debugger wants it.
+    pub fn let_go(&self) {
+        self.lock().held = false;
+        self.changed.notify_all();
+    }
+
     /// Debugger's side: whether the VCPU is stopped.
     pub fn is_stopped(&self) -> bool {
         self.lock().stopped.is_some()
@@ -74,6 +93,7 @@ impl DebugPort {
             return None;
         }
         let cause = state.stopped.as_ref().map(|(cause, _)| *cause);
+        let cause = cause.filter(|cause| *cause != StopCause::Held);
         state.reported = cause.is_some();
         cause
     }
@@ -93,25 +113,40 @@ impl DebugPort {
         }
     }
 
-    /// VCPU's side: whether the debugger wants it stopped.
-    pub fn is_wanted(&self) -> bool {
-        self.lock().wanted
+    /// VCPU's side: why it has to stop, if it has.
+    pub fn wanted(&self) -> Option<StopCause> {
+        let state = self.lock();
+        match (state.wanted, state.held) {
+            (true, _) => Some(StopCause::Asked),
+            (false, true) => Some(StopCause::Held),
+            (false, false) => None,
+        }
     }
 
-    /// VCPU's side: lends its registers and waits; how to go on. `give_up` is looked at now and
-    /// then: the machine ends.
-    pub fn stop(&self, cause: StopCause, cpu: &mut CpuState, give_up: &dyn Fn() -> bool) -> Resume {
+    /// VCPU's side: lends its registers and waits; how the debugger lets it go on, if it had a
+    /// say. `give_up` is looked at now and then: the machine ends.
+    pub fn stop(
+        &self,
+        cause: StopCause,
+        cpu: &mut CpuState,
+        give_up: &dyn Fn() -> bool,
+    ) -> Option<Resume> {
         const LOOK: std::time::Duration = std::time::Duration::from_millis(50);
         let mut state = self.lock();
         state.stopped = Some((cause, Box::new(cpu.clone())));
         state.resume = None;
         state.reported = false;
         let how = loop {
-            if let Some(how) = state.resume.take() {
-                break how;
+            if !state.held {
+                if state.resume.is_some() {
+                    break state.resume.take();
+                }
+                if cause == StopCause::Held && !state.wanted {
+                    break None;
+                }
             }
             if give_up() {
-                break Resume::Continue;
+                break None;
             }
             state = self
                 .changed
@@ -201,8 +236,54 @@ mod tests {
         assert_eq!(port.take_stop(), None);
         port.with_registers(|cpu| cpu.rip = 0x1234);
         port.resume(Resume::Step);
-        assert_eq!(vcpu.join().unwrap(), (Resume::Step, 0x1234));
+        assert_eq!(vcpu.join().unwrap(), (Some(Resume::Step), 0x1234));
         assert!(port.with_registers(|_| ()).is_none());
+    }
+
+    /// A VCPU that stops for `cause`, when it is there.
+    fn stopping(
+        port: &Arc<DebugPort>,
+        cause: StopCause,
+    ) -> std::thread::JoinHandle<Option<Resume>> {
+        let waiting = Arc::clone(port);
+        let stop = move || waiting.stop(cause, &mut CpuState::reset(), &|| false);
+        let vcpu = std::thread::spawn(stop);
+        while !port.is_stopped() {
+            std::thread::yield_now();
+        }
+        vcpu
+    }
+
+    #[test]
+    fn a_held_vcpu_goes_on_without_the_debugger() {
+        let port = Arc::new(DebugPort::default());
+        port.hold();
+        assert_eq!(port.wanted(), Some(StopCause::Held));
+        let vcpu = stopping(&port, StopCause::Held);
+        assert_eq!(port.take_stop(), None);
+        port.let_go();
+        assert_eq!(vcpu.join().unwrap(), None);
+        assert_eq!(port.wanted(), None);
+    }
+
+    #[test]
+    fn debugger_and_holder_wait_for_each_other() {
+        // Let go first, then resumed.
+        let port = Arc::new(DebugPort::default());
+        port.hold();
+        let vcpu = stopping(&port, StopCause::Held);
+        port.want_stop();
+        port.let_go();
+        assert!(port.is_stopped());
+        port.resume(Resume::Step);
+        assert_eq!(vcpu.join().unwrap(), Some(Resume::Step));
+        // Resumed first, then let go.
+        let vcpu = stopping(&port, StopCause::Breakpoint);
+        port.hold();
+        port.resume(Resume::Continue);
+        assert!(port.is_stopped());
+        port.let_go();
+        assert_eq!(vcpu.join().unwrap(), Some(Resume::Continue));
     }
 
     #[test]

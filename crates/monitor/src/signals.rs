@@ -7,11 +7,13 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::time::Duration;
 
 use trapline_trace::{TraceSystem, VcpuId};
 
 use crate::debug::{Breakpoints, DebugPort};
 use crate::interrupt::VcpuSignals;
+use crate::statistics::{LiveReport, VcpuStatistics};
 
 /// Bits of a VCPU's attention word beside those of the trace subsystem.
 pub mod attention {
@@ -23,6 +25,10 @@ pub mod attention {
     pub const STOP: u32 = 1 << 10;
     /// A debugger wants something, or a watchpoint was hit.
     pub const DEBUG: u32 = 1 << 11;
+    /// Someone wants its statistics.
+    pub const REPORT: u32 = 1 << 12;
+    /// All of them.
+    pub const ALL: u32 = INTERRUPT | EVENT | STOP | DEBUG | REPORT;
 }
 
 /// No start-up IPI waits.
@@ -38,6 +44,8 @@ pub struct Signals {
     stopping: AtomicBool,
     /// The debugger's access to this VCPU.
     pub debug: DebugPort,
+    /// Its statistics, while it runs.
+    pub report: LiveReport,
     pub breakpoints: Arc<Breakpoints>,
 }
 
@@ -60,6 +68,7 @@ impl Signals {
             startup: AtomicU32::new(NO_STARTUP),
             stopping: AtomicBool::new(false),
             debug: DebugPort::default(),
+            report: LiveReport::default(),
             breakpoints,
         }
     }
@@ -78,6 +87,15 @@ impl Signals {
     /// Makes the VCPU look at its [`DebugPort`] and at the breakpoints.
     pub fn debug(&self) {
         self.trace.raise(self.vcpu, attention::DEBUG);
+    }
+
+    /// The VCPU's statistics of now; of its last stop if it stands still, and of its last report
+    /// if it gives none in time.
+    pub fn statistics(&self, patience: Duration) -> VcpuStatistics {
+        let request = self.report.ask();
+        self.trace.raise(self.vcpu, attention::REPORT);
+        let still = || self.debug.is_stopped() || self.is_stopping();
+        self.report.wait(request, patience, &still)
     }
 
     /// Takes what waits.

@@ -1,5 +1,8 @@
 //! What a sub-VMM counts.
 
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
 use crate::code_cache::CodeStatistics;
 
 /// Times that guest execution left the engine, by cause.
@@ -47,4 +50,85 @@ pub struct VcpuStatistics {
     pub running_ns: u64,
     /// Host time halted, in nanoseconds.
     pub halted_ns: u64,
+}
+
+#[derive(Default)]
+struct Given {
+    /// How often someone asked, and up to which request it was answered.
+    asked: u64,
+    answered: u64,
+    statistics: VcpuStatistics,
+}
+
+/// Where a VCPU leaves its statistics when it is asked to. The mutex is a leaf.
+#[derive(Default)]
+pub struct LiveReport {
+    given: Mutex<Given>,
+    changed: Condvar,
+}
+
+impl LiveReport {
+    fn lock(&self) -> MutexGuard<'_, Given> {
+        self.given.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Asks; the request's number. The caller raises the VCPU's attention word afterwards.
+    pub fn ask(&self) -> u64 {
+        let mut given = self.lock();
+        given.asked += 1;
+        given.asked
+    }
+
+    /// VCPU's side, when asked and before it stands still: answers all requests so far.
+    pub fn give(&self, statistics: VcpuStatistics) {
+        let mut given = self.lock();
+        given.answered = given.asked;
+        given.statistics = statistics;
+        self.changed.notify_all();
+    }
+
+    /// Waits for the answer to a request, or until `patience` ends or the VCPU stands `still`;
+    /// what was answered last.
+    pub fn wait(
+        &self,
+        request: u64,
+        patience: Duration,
+        still: &dyn Fn() -> bool,
+    ) -> VcpuStatistics {
+        const LOOK: Duration = Duration::from_millis(10);
+        let until = Instant::now() + patience;
+        let mut given = self.lock();
+        while given.answered < request && Instant::now() < until && !still() {
+            given = self
+                .changed
+                .wait_timeout(given, LOOK)
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
+        }
+        given.statistics
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_answer_reaches_whoever_asked() {
+        let report = LiveReport::default();
+        let request = report.ask();
+        let statistics = VcpuStatistics {
+            blocks: 7,
+            ..VcpuStatistics::default()
+        };
+        std::thread::scope(|scope| {
+            let asker = scope.spawn(|| report.wait(request, Duration::from_secs(60), &|| false));
+            report.give(statistics);
+            assert_eq!(asker.join().unwrap(), statistics);
+        });
+        let unanswered = report.ask();
+        assert_eq!(report.wait(unanswered, Duration::ZERO, &|| false).blocks, 7);
+        let minute = Duration::from_secs(60);
+        assert_eq!(report.wait(unanswered, minute, &|| true).blocks, 7);
+    }
 }

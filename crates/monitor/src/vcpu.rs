@@ -54,6 +54,8 @@ pub struct Vcpu {
     pub(crate) came_from: From,
     /// How often all derived code was dropped.
     pub(crate) code_drops: u64,
+    /// When it began to run, while it does.
+    started: Option<Instant>,
     /// A debugger has breakpoints, steps or waits: instructions run singly.
     pub(crate) debugging: bool,
     stepping: bool,
@@ -98,6 +100,7 @@ impl Vcpu {
             last_context: None,
             came_from: From::default(),
             code_drops: 0,
+            started: None,
             debugging: false,
             stepping: false,
             stepped: false,
@@ -113,6 +116,9 @@ impl Vcpu {
             tlb_fills: self.tlb.fills,
             code: self.surroundings.code.statistics,
             exits: self.surroundings.exits,
+            running_ns: self.started.map_or(self.statistics.running_ns, |started| {
+                (started.elapsed().as_nanos() as u64).saturating_sub(self.statistics.halted_ns)
+            }),
             ..self.statistics
         }
     }
@@ -123,11 +129,11 @@ impl Vcpu {
         let trace = Arc::clone(&self.surroundings.trace);
         trace.leave_safe(vcpu);
         self.surroundings.boundary(&mut self.tlb);
-        let start = Instant::now();
+        self.started = Some(Instant::now());
         let exit = self.turns();
         trace.enter_safe(vcpu);
-        self.statistics.running_ns =
-            (start.elapsed().as_nanos() as u64).saturating_sub(self.statistics.halted_ns);
+        self.statistics.running_ns = self.statistics().running_ns;
+        self.started = None;
         exit
     }
 
@@ -139,7 +145,7 @@ impl Vcpu {
                 return Exit::Stopped;
             }
             if self.debugging {
-                self.stop_for_debugger();
+                while self.stop_for_debugger() {}
             }
             if self.cpu.activity != Activity::Active {
                 if self.cpu.activity == Activity::Shutdown {
@@ -174,10 +180,7 @@ impl Vcpu {
     #[cold]
     fn attend(&mut self) -> bool {
         let s = &mut self.surroundings;
-        let taken = s
-            .trace
-            .attention(s.vcpu)
-            .take(attention::INTERRUPT | attention::EVENT | attention::STOP | attention::DEBUG);
+        let taken = s.trace.attention(s.vcpu).take(attention::ALL);
         s.boundary(&mut self.tlb);
         if s.code.has_released() {
             s.remove_released();
@@ -188,8 +191,11 @@ impl Vcpu {
         if taken & attention::DEBUG != 0 {
             self.debugging = true;
         }
+        if taken & attention::REPORT != 0 {
+            self.signals.report.give(self.statistics());
+        }
         if taken & attention::INTERRUPT != 0 {
-            s.look_for_interrupts = true;
+            self.surroundings.look_for_interrupts = true;
         }
         if taken & attention::EVENT != 0 {
             let events = self.signals.take();
@@ -212,9 +218,10 @@ impl Vcpu {
         false
     }
 
-    /// Stops for the debugger if it wants so, at a breakpoint, behind a step or a watchpoint.
+    /// Stops if it is held or the debugger wants so, at a breakpoint, behind a step or a
+    /// watchpoint. Whether there may be another reason to stop here.
     #[cold]
-    fn stop_for_debugger(&mut self) {
+    fn stop_for_debugger(&mut self) -> bool {
         let breakpoints = Arc::clone(&self.signals.breakpoints);
         let linear = if self.cpu.mode() == Mode::Long64 {
             self.cpu.rip
@@ -223,8 +230,8 @@ impl Vcpu {
         };
         let cause = if let Some(number) = self.surroundings.watchpoint_hit.take() {
             StopCause::Watchpoint(number)
-        } else if self.signals.debug.is_wanted() {
-            StopCause::Asked
+        } else if let Some(cause) = self.signals.debug.wanted() {
+            cause
         } else if self.stepped {
             StopCause::Stepped
         } else if self.passed_breakpoint != Some(linear)
@@ -234,8 +241,9 @@ impl Vcpu {
             StopCause::Breakpoint
         } else {
             self.debugging = breakpoints.armed() || self.stepping;
-            return;
+            return false;
         };
+        self.signals.report.give(self.statistics());
         let s = &mut self.surroundings;
         s.trace.enter_safe(s.vcpu);
         let signals = Arc::clone(&self.signals);
@@ -245,11 +253,14 @@ impl Vcpu {
         s.trace.leave_safe(s.vcpu);
         // What was written meanwhile, by the debugger too, is applied before the next instruction.
         s.boundary(&mut self.tlb);
-        // The debugger may have changed what translations and blocks were chosen by.
-        self.tlb.flush_all();
-        self.stepping = how == Resume::Step;
-        self.stepped = false;
-        self.passed_breakpoint = Some(linear);
+        if let Some(how) = how {
+            // The debugger may have changed what translations and blocks were chosen by.
+            self.tlb.flush_all();
+            self.stepping = how == Resume::Step;
+            self.stepped = false;
+            self.passed_breakpoint = Some(linear);
+        }
+        cause == StopCause::Held && how.is_none() && !signals.is_stopping()
     }
 
     /// Sleeps until the attention word changes, unless what would end the halt is here already.

@@ -9,26 +9,43 @@
 //! on threads that are no VCPU's: they may wait until VCPUs have stopped, and no VCPU waits for
 //! them except by being paused.
 
+mod command;
+mod execute;
 mod watches;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use trapline_memory::GuestMemory;
+use trapline_memory::sharing::SharingPool;
 use trapline_memory::watch::Watches;
+use trapline_monitor::signals::Signals;
 use trapline_trace::TraceSystem;
 
 use crate::config::MachineConfig;
+use crate::ending::Ending;
 use crate::semantics::TraceSemantics;
 use crate::watch::{WatchError, WatchQueue, WatchSpec};
 use watches::SetWatch;
 
+pub use command::{Command, CommandError, HELP};
+pub use execute::{ControlError, Fault, Reply};
+
 /// The machine that runs now.
 pub(crate) struct Live {
     pub trace: Arc<TraceSystem>,
+    pub vcpus: Vec<Arc<Signals>>,
+    pub ending: Arc<Ending>,
+    pub memory: Arc<GuestMemory>,
+    /// Of shared pages.
+    pub pool: Option<Arc<SharingPool>>,
+    /// Presses the power button; whether the guest listens to it.
+    pub press_power_button: Box<dyn Fn() -> bool + Send>,
 }
 
 #[derive(Default)]
 struct State {
     machine: Option<Live>,
+    paused: bool,
     vcpus: usize,
     memory_bytes: u64,
     semantics: TraceSemantics,
@@ -103,6 +120,7 @@ impl Control {
         for watch in &mut state.watches {
             watch.establish(&machine.trace);
         }
+        state.paused = false;
         state.machine = Some(machine);
         Attached(self)
     }

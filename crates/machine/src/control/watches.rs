@@ -120,9 +120,15 @@ mod tests {
         (memory, trace)
     }
 
-    fn live(trace: &Arc<TraceSystem>) -> Live {
-        let trace = Arc::clone(trace);
-        Live { trace }
+    fn live(memory: &Arc<GuestMemory>, trace: &Arc<TraceSystem>) -> Live {
+        Live {
+            trace: Arc::clone(trace),
+            vcpus: Vec::new(),
+            ending: Arc::default(),
+            memory: Arc::clone(memory),
+            pool: None,
+            press_power_button: Box::new(|| false),
+        }
     }
 
     fn events(control: &Control) -> Vec<String> {
@@ -140,13 +146,13 @@ mod tests {
         control.configure(&config).unwrap();
         for _ in 0..2 {
             let (memory, trace) = machine(&control);
-            let attached = control.attach(live(&trace));
+            let attached = control.attach(live(&memory, &trace));
             assert!(memory.write(&trace, Actor::Device, 0x1000, &[1]));
             assert_eq!(events(&control), ["w0"]);
             drop(attached);
         }
         let (memory, trace) = machine(&control);
-        let _attached = control.attach(live(&trace));
+        let _attached = control.attach(live(&memory, &trace));
         assert!(control.remove_watch("w0"));
         assert!(!control.remove_watch("w0"));
         let spec = "gpa=0x1000-0x1002,name=x".parse::<WatchSpec>().unwrap();

@@ -210,10 +210,12 @@ fn reason(target: &Debugger, stopped: Stopped) -> MultiThreadStopReason<u64> {
                 signal: Signal::SIGTRAP,
             },
         },
-        StopCause::Stepped | StopCause::Asked => MultiThreadStopReason::SignalWithThread {
-            tid,
-            signal: Signal::SIGTRAP,
-        },
+        StopCause::Stepped | StopCause::Asked | StopCause::Held => {
+            MultiThreadStopReason::SignalWithThread {
+                tid,
+                signal: Signal::SIGTRAP,
+            }
+        }
     }
 }
 
