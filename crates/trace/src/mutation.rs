@@ -12,6 +12,8 @@ pub enum Mutation {
     WriteWithoutWaiting,
     /// Let a VCPU go on before the completion: 2.
     ResumeEarly,
+    /// Having stalled, go on without looking whether the next actor asks already: 7.
+    ForgetRequest,
     /// Under post-write-sync, go on before the consumers have acknowledged: 3.
     GoOnWithoutWaiting,
     /// Do not drain the own queue after waiting for the lane: 4.

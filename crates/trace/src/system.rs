@@ -249,7 +249,8 @@ impl TraceSystem {
             // What was queued meanwhile is taken out below. The bit may also be the request of the
             // next actor, who does not repeat it: so look again whether the VCPU is held.
             mailbox.attention.take(TRACE);
-            if self.mutated.is(Mutation::ResumeEarly) {
+            let forgets = self.mutated.is(Mutation::ForgetRequest);
+            if forgets || self.mutated.is(Mutation::ResumeEarly) {
                 break;
             }
         }

@@ -76,6 +76,41 @@ fn three_actors_need_to_wait_at_a_boundary() {
     assert!(fails(move || three_actors(mutation)));
 }
 
+/// Freedom from deadlock: an actor that acts again at once gets its acknowledgement from a consumer
+/// that does nothing but execute.
+fn in_a_row(mutation: Option<Mutation>) {
+    let trace = Arc::new(TraceSystem::mutated(2, Arc::new(AlwaysSensed), mutation));
+    trace_for(&trace, L, Kind::Code, &[B]);
+    trace.leave_safe(A);
+    trace.leave_safe(B);
+    let consumer = {
+        let trace = trace.clone();
+        thread::spawn(move || {
+            let mut told = 0;
+            while told < 2 {
+                told += boundary(&trace, B);
+                thread::yield_now();
+            }
+            trace.enter_safe(B);
+        })
+    };
+    write(&trace, A, L, || {});
+    write(&trace, A, L, || {});
+    trace.enter_safe(A);
+    consumer.join().expect("the consumer ends");
+}
+
+#[test]
+fn every_request_is_acknowledged() {
+    check(|| in_a_row(None));
+}
+
+#[test]
+fn every_request_is_acknowledged_needs_the_second_look() {
+    let mutation = Some(Mutation::ForgetRequest);
+    assert!(fails(move || in_a_row(mutation)));
+}
+
 /// Invariant 7: writes to one location have one order, so none is lost.
 fn counted(mutation: Option<Mutation>) {
     let trace = Arc::new(TraceSystem::mutated(3, Arc::new(AlwaysSensed), mutation));

@@ -31,8 +31,10 @@ const CROSSING: Programs = [&[SECOND, Execute], &[FIRST, Execute], &[BOTH, Execu
 const SLEEPERS: Programs = [&[FIRST, BOTH], &[Halt, Execute], &[Halt, SECOND, Execute]];
 /// Two writes of one region by different VCPUs, seen by a consumer and the bystander.
 const SUCCESSION: Programs = [&[FIRST, Look(0)], &[Execute, Execute], &[FIRST, Look(0)]];
+/// One actor that acts again at once.
+const ROW: Programs = [&[SECOND, SECOND], &[Execute, Execute], &[Execute]];
 
-const ALL: [Programs; 4] = [SUCCESSION, SLEEPERS, CHAIN, CROSSING];
+const ALL: [Programs; 5] = [ROW, SUCCESSION, SLEEPERS, CHAIN, CROSSING];
 
 fn protocol(semantics: [Semantics; REGIONS], programs: Programs) -> Protocol {
     Protocol {
@@ -129,6 +131,11 @@ fn invariant_6_needs_the_look_after_waking() {
 #[test]
 fn invariant_7_needs_waiting_at_a_boundary() {
     breaks(Mutation::WaitRunning, "6 and 7:");
+}
+
+#[test]
+fn invariant_7_needs_the_second_look() {
+    breaks(Mutation::ForgetRequest, "7: a request");
 }
 
 #[test]

@@ -42,6 +42,7 @@ pub enum Instruction {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mutation {
     ResumeEarly,
+    ForgetRequest,
     WriteWithoutWaiting,
     /// Bracket as if it were post-write-sync.
     WaitAfterWrite,
@@ -69,6 +70,8 @@ pub enum At {
     Stalled,
     /// Has said that it runs, and looks whether it is held.
     Starts,
+    /// Has found that it is not held, and takes the attention bit.
+    Takes,
     /// About to empty its queue.
     Drains,
     Executes,
@@ -268,6 +271,14 @@ impl Protocol {
         Ok(())
     }
 
+    /// Whether an actor has asked for an acknowledgement and the VCPU does not know.
+    fn has_lost_request(&self, state: &State, me: usize) -> bool {
+        let waits = |vcpu: &Vcpu| vcpu.at == At::WaitsStopped;
+        let vcpu = &state.vcpus[me];
+        let knows = vcpu.attention || !vcpu.running;
+        state.held[me] && !knows && state.vcpus.iter().any(waits)
+    }
+
     fn next(state: &mut State, me: usize) {
         state.vcpus[me].instruction += 1;
         state.vcpus[me].at = At::Boundary;
@@ -284,6 +295,9 @@ impl Protocol {
             At::Boundary if s.vcpus[me].attention => {
                 s.vcpus[me].attention = false;
                 go(s, At::Attends);
+            }
+            At::Boundary if self.has_lost_request(s, me) => {
+                return Some((state, Err("7: a request is lost".into())));
             }
             At::Boundary => match self.instruction(s, me) {
                 Some(Instruction::Execute) => go(s, At::Executes),
@@ -313,10 +327,13 @@ impl Protocol {
                 s.vcpus[me].running = false;
                 go(s, At::Stalled);
             }
-            // Whoever stalled or slept empties its queue before it goes on.
-            At::Starts => {
+            // Whoever stalled or slept empties its queue before it goes on. The bit that it takes
+            // may be the next actor's request, so it looks again whether it is held.
+            At::Starts => go(s, At::Takes),
+            At::Takes => {
                 s.vcpus[me].attention = false;
-                go(s, At::Drains);
+                let forgets = self.is(Mutation::ForgetRequest);
+                go(s, if forgets { At::Drains } else { At::Attends });
             }
             At::Drains => {
                 verdict = self.drain(s, me);
