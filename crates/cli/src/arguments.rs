@@ -29,6 +29,7 @@ Example: boot a Linux kernel on two processors, with its console in this termina
 Keys, when the serial line is on a terminal:
   Ctrl-A x       leave: stop the machine
   Ctrl-A Ctrl-A  send Ctrl-A to the guest (Ctrl-A a too)
+  Ctrl-A c       switch to the monitor, where commands are typed, and back to the guest
   Ctrl-A h       show these keys
 
 Exit status:

@@ -2,21 +2,24 @@
 
 use std::io::{self, IsTerminal, Write};
 use std::os::fd::AsFd;
+use std::sync::Arc;
 use std::thread;
 
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use trapline_machine::console::ConsoleInput;
-use trapline_machine::{Console, MachineError, StopHandle, StopReason};
+use trapline_machine::{Console, Control, MachineError, StopHandle, StopReason};
 
-use crate::escape::{Escape, Request};
+use crate::escape::{Escape, Key, Request};
+use crate::monitor::Monitor;
 use crate::{report, signals, terminal};
 
-const KEYS: &str = "Ctrl-A x leaves, Ctrl-A Ctrl-A sends Ctrl-A, Ctrl-A h shows this";
+const KEYS: &str = "Ctrl-A x leaves, Ctrl-A c opens and leaves the monitor, Ctrl-A Ctrl-A sends Ctrl-A, \
+                    Ctrl-A h shows this";
 
 /// Connects a console with standard input and output. A terminal is put into raw mode and the
 /// escape key works; from a pipe or a file every byte goes to the guest.
-pub fn open(stop: &StopHandle) -> Result<Console, MachineError> {
+pub fn open(stop: &StopHandle, control: &Arc<Control>) -> Result<Console, MachineError> {
     let refused = |what: &str, source: io::Error| MachineError::Host {
         what: what.into(),
         remedy: "give --serial null, file=PATH or socket=PATH",
@@ -37,10 +40,11 @@ pub fn open(stop: &StopHandle) -> Result<Console, MachineError> {
         return Ok(console);
     };
     let stop = stop.clone();
+    let monitor = Monitor::new(Arc::clone(control));
     thread::Builder::new()
         .name("standard input".into())
         .spawn(move || match escape {
-            Some(escape) => read_keys(escape, &input, &stop),
+            Some(escape) => read_keys(escape, monitor, &input, &stop),
             None => read_input(|bytes| input.send(bytes)),
         })
         .map_err(|e| refused("a thread for standard input", e))?;
@@ -53,15 +57,23 @@ fn in_foreground(terminal: impl AsFd) -> bool {
     rustix::termios::tcgetpgrp(terminal).map_or(true, |group| group == rustix::process::getpgrp())
 }
 
-/// Hands what is typed to the guest, except for escape sequences.
-fn read_keys(mut escape: Escape, input: &ConsoleInput, stop: &StopHandle) {
+/// Hands what is typed to the guest or the monitor, except for escape sequences.
+fn read_keys(
+    mut escape: Escape,
+    mut monitor: Monitor<io::Stderr>,
+    input: &ConsoleInput,
+    stop: &StopHandle,
+) {
     let mut guest = Vec::new();
     read_input(|typed| {
         guest.clear();
         let mut leave = false;
-        escape.feed(typed, &mut guest, |request| match request {
-            Request::Leave => leave = true,
-            Request::Help => report::line(KEYS),
+        escape.feed(typed, |key| match key {
+            Key::Byte(byte) if monitor.is_active() => monitor.key(byte),
+            Key::Byte(byte) => guest.push(byte),
+            Key::Request(Request::Leave) => leave = true,
+            Key::Request(Request::Help) => report::line(KEYS),
+            Key::Request(Request::Monitor) => monitor.toggle(),
         });
         if leave {
             signals::leave(stop, StopReason::Console);

@@ -10,6 +10,16 @@ pub enum Request {
     Leave,
     /// Ctrl-A h: show the keys.
     Help,
+    /// Ctrl-A c: to the monitor, or back to the guest.
+    Monitor,
+}
+
+/// What was typed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Key {
+    /// For the guest, or whoever reads instead of it.
+    Byte(u8),
+    Request(Request),
 }
 
 /// Takes escape sequences out of typed input, also such as come in pieces.
@@ -20,22 +30,22 @@ pub struct Escape {
 }
 
 impl Escape {
-    /// Splits `typed` into bytes for the guest, appended to `guest`, and requests, each given to
-    /// `on_request` when its turn comes.
-    pub fn feed(&mut self, typed: &[u8], guest: &mut Vec<u8>, mut on_request: impl FnMut(Request)) {
+    /// Hands on what was typed, in order, without the escape sequences' own bytes.
+    pub fn feed(&mut self, typed: &[u8], mut on_key: impl FnMut(Key)) {
         for &byte in typed {
             if !self.pending {
                 match byte {
                     ESCAPE => self.pending = true,
-                    _ => guest.push(byte),
+                    _ => on_key(Key::Byte(byte)),
                 }
                 continue;
             }
             self.pending = false;
             match byte {
-                ESCAPE | b'a' => guest.push(ESCAPE),
-                b'x' => on_request(Request::Leave),
-                b'h' | b'?' => on_request(Request::Help),
+                ESCAPE | b'a' => on_key(Key::Byte(ESCAPE)),
+                b'x' => on_key(Key::Request(Request::Leave)),
+                b'h' | b'?' => on_key(Key::Request(Request::Help)),
+                b'c' => on_key(Key::Request(Request::Monitor)),
                 // No sequence: nobody typed this for the guest either.
                 _ => {}
             }
@@ -51,7 +61,10 @@ mod tests {
     fn feed(pieces: &[&[u8]]) -> (Vec<u8>, Vec<Request>) {
         let (mut escape, mut guest, mut requests) = (Escape::default(), vec![], vec![]);
         for piece in pieces {
-            escape.feed(piece, &mut guest, |r| requests.push(r));
+            escape.feed(piece, |key| match key {
+                Key::Byte(byte) => guest.push(byte),
+                Key::Request(request) => requests.push(request),
+            });
         }
         (guest, requests)
     }
@@ -64,6 +77,7 @@ mod tests {
         );
         assert_eq!(feed(&[b"\x01\x01\x01a"]), (vec![1, 1], vec![]));
         assert_eq!(feed(&[b"\x01h\x01q"]), (vec![], vec![Request::Help]));
+        assert_eq!(feed(&[b"\x01cc"]), (b"c".to_vec(), vec![Request::Monitor]));
     }
 
     #[test]

@@ -7,6 +7,7 @@ mod ctl;
 mod escape;
 mod exit_status;
 mod log;
+mod monitor;
 mod report;
 mod seen;
 mod signals;
@@ -68,7 +69,7 @@ fn start_and_wait(
         .map(|path| ApiSocket::open(path, &control))
         .transpose()?;
     let console = match &config.serial {
-        SerialMode::Tty => console::open(&stop)?,
+        SerialMode::Tty => console::open(&stop, &control)?,
         SerialMode::Null => Console::null(),
         SerialMode::File(path) => Console::file(path)?,
         SerialMode::Socket(path) => Console::socket(path)?,

@@ -1,0 +1,153 @@
+//! The monitor console, on a terminal.
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::os::fd::OwnedFd;
+use std::process::{Child, Command};
+use std::sync::mpsc::{Receiver, channel};
+use std::time::{Duration, Instant};
+
+use rustix::fs::{Mode, OFlags};
+use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
+
+/// A Multiboot image that echoes the serial line. Its code: `mov dx, 0x3fd; in al, dx; test al, 1;
+/// jz back; mov dl, 0xf8; in al, dx; out dx, al; jmp back`.
+fn echo() -> Vec<u8> {
+    const LOAD: u32 = 0x10_0000;
+    let code = [
+        0x66, 0xba, 0xfd, 0x03, 0xec, 0xa8, 0x01, 0x74, 0xf7, 0xb2, 0xf8, 0xec, 0xee, 0xeb, 0xf1,
+    ];
+    let (magic, flags) = (0x1bad_b002, 1u32 << 16);
+    let end = LOAD + 32 + code.len() as u32;
+    let checksum = 0u32.wrapping_sub(magic).wrapping_sub(flags);
+    let fields = [magic, flags, checksum, LOAD, LOAD, end, end, LOAD + 32];
+    let mut image: Vec<u8> = fields.iter().flat_map(|f| f.to_le_bytes()).collect();
+    image.extend_from_slice(&code);
+    image
+}
+
+fn terminal() -> (File, OwnedFd) {
+    let controller = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).unwrap();
+    grantpt(&controller).unwrap();
+    unlockpt(&controller).unwrap();
+    let name = ptsname(&controller, Vec::new()).unwrap();
+    let user = rustix::fs::open(name, OFlags::RDWR | OFlags::NOCTTY, Mode::empty()).unwrap();
+    (controller.into(), user)
+}
+
+struct Session {
+    child: Child,
+    keys: File,
+    screen: Receiver<Vec<u8>>,
+    seen: String,
+}
+
+impl Session {
+    fn start() -> Self {
+        let kernel = std::env::temp_dir().join(format!("trapline-echo-{}", std::process::id()));
+        std::fs::write(&kernel, echo()).unwrap();
+        let (mut controller, user) = terminal();
+        let keys = controller.try_clone().unwrap();
+        let child = Command::new(env!("CARGO_BIN_EXE_trapline"))
+            .args(["run", "--memory", "size=16M", "--cpus", "boot=2"])
+            .args(["--timeout", "300", "--kernel"])
+            .arg(&kernel)
+            .stdin(user.try_clone().unwrap())
+            .stdout(user.try_clone().unwrap())
+            .stderr(user)
+            .spawn()
+            .unwrap();
+        let (sender, screen) = channel();
+        std::thread::spawn(move || {
+            let mut piece = [0; 4096];
+            // Ends with an error when nobody has the terminal open any more.
+            while let Ok(n @ 1..) = controller.read(&mut piece) {
+                if sender.send(piece[..n].to_vec()).is_err() {
+                    break;
+                }
+            }
+        });
+        Self {
+            child,
+            keys,
+            screen,
+            seen: String::new(),
+        }
+    }
+
+    fn type_keys(&mut self, keys: &[u8]) {
+        self.keys.write_all(keys).unwrap();
+    }
+
+    /// Waits until this is on the screen, and forgets everything up to it.
+    fn expect(&mut self, text: &str) {
+        let start = Instant::now();
+        loop {
+            if let Some(at) = self.seen.find(text) {
+                self.seen.drain(..at + text.len());
+                return;
+            }
+            let left = Duration::from_secs(120).saturating_sub(start.elapsed());
+            match self.screen.recv_timeout(left) {
+                Ok(piece) => self.seen.push_str(&String::from_utf8_lossy(&piece)),
+                Err(_) => panic!("'{text}' does not appear; there is: {}", self.seen),
+            }
+        }
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+#[test]
+fn commands_are_typed_beside_the_guest() {
+    let mut session = Session::start();
+    // The terminal may still be on its way into raw mode: what is typed too early is lost.
+    loop {
+        session.type_keys(b"g");
+        std::thread::sleep(Duration::from_millis(50));
+        while let Ok(piece) = session.screen.try_recv() {
+            session.seen.push_str(&String::from_utf8_lossy(&piece));
+        }
+        if session.seen.contains("gg") {
+            break;
+        }
+    }
+    session.type_keys(b"\x01h");
+    session.expect("Ctrl-A c");
+    session.type_keys(b"\x01c");
+    session.expect("(trapline) ");
+    session.type_keys(b"help\r");
+    session.expect("watch remove NAME");
+    session.type_keys(b"jump\r");
+    session.expect("'jump' is no command");
+    session.type_keys(b"pause\rinfo\r");
+    session.expect("\"state\": \"paused\"");
+    session.type_keys(b"info vcpus\r");
+    session.expect("VCPU 0, active");
+    session.expect("rip 00000000001000");
+    session.expect("VCPU 1, waitforsipi");
+    session.type_keys(b"watch add name=x,gpa=0x1000-0x1008\r");
+    session.expect("\"name\": \"x\"");
+    session.type_keys(b"watch remove y\rwatch remove x\rwatch list\r");
+    session.expect("'y'");
+    session.expect("[]");
+    session.type_keys(b"semantics code=post-write-sync\r");
+    session.expect("\"code\": \"post-write-sync\"");
+    session.type_keys(b"info traces\r");
+    session.expect("\"regions\"");
+    session.type_keys(b"cont\rstats\r");
+    session.expect("\"instructions\"");
+    session.expect("(trapline) ");
+    // Back to the guest, which echoes again.
+    session.type_keys(b"\x01c");
+    session.type_keys(b"ok?");
+    session.expect("ok?");
+    session.type_keys(b"\x01cquit\r");
+    let status = session.child.wait().unwrap();
+    assert_eq!(status.code(), Some(0));
+}
