@@ -165,5 +165,11 @@ function Memory(data, shown, view) {
   });
   measure.addEventListener("change", draw);
   within.addEventListener("change", draw);
-  return { draw, look, viewChanged: () => { if (within.checked) draw(); } };
+  let scheduled = false;
+  function viewChanged() {
+    if (!within.checked || scheduled) return;
+    scheduled = true;
+    requestAnimationFrame(() => { scheduled = false; draw(); });
+  }
+  return { draw, look, viewChanged };
 }
