@@ -6,6 +6,7 @@ use std::time::Instant;
 use serde_json::{Value, json};
 use trapline_memory::GuestMemory;
 use trapline_memory::sharing::PoolStatistics;
+use trapline_monitor::shadow_pages::ShadowStatistics;
 use trapline_monitor::statistics::VcpuStatistics;
 use trapline_trace::TraceSystem;
 use trapline_trace::statistics::{RoleTotals, Totals};
@@ -84,10 +85,16 @@ pub fn boot(
 
 fn vcpu(index: usize, s: &VcpuStatistics, roles: RoleTotals) -> Value {
     let e = &s.exits;
-    // What was derived from memory, by kind of its trace: blocks of code. Kinds from which nothing
-    // is derived are not there.
-    let invalidations = json!({ "code": s.code.invalidated_blocks });
-    let rederivations = json!({ "code": s.code.rederived_blocks });
+    // What was derived from memory, by kind of its trace: blocks of code, copies of page-table
+    // entries. Kinds from which nothing is derived are not there.
+    let invalidations = json!({
+        "code": s.code.invalidated_blocks,
+        "mmu": s.shadow.invalidated_entries,
+    });
+    let rederivations = json!({
+        "code": s.code.rederived_blocks,
+        "mmu": s.shadow.updated_entries,
+    });
     json!({
         "vcpu": index,
         "instructions": s.instructions,
@@ -96,6 +103,7 @@ fn vcpu(index: usize, s: &VcpuStatistics, roles: RoleTotals) -> Value {
         "running_seconds": s.running_ns as f64 / 1e9,
         "halted_seconds": s.halted_ns as f64 / 1e9,
         "tlb_fills": s.tlb_fills,
+        "shadow_pages": shadow(&s.shadow),
         "decoded_blocks": s.code.decoded_blocks,
         "decoded_bytes": s.code.decoded_bytes,
         "translated_blocks": s.translated_blocks,
@@ -123,6 +131,19 @@ fn vcpu(index: usize, s: &VcpuStatistics, roles: RoleTotals) -> Value {
             "steps": e.steps,
             "host_faults": e.host_faults,
         },
+    })
+}
+
+/// What the shadow page tables did.
+fn shadow(s: &ShadowStatistics) -> Value {
+    json!({
+        "hits": s.hits,
+        "walks": s.walks,
+        "traced_pages": s.traced_pages,
+        "writes": s.writes,
+        "untraced_pages": s.untraced_pages,
+        "evicted_tables": s.evicted_tables,
+        "flushes": s.flushes,
     })
 }
 

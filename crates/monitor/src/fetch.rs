@@ -310,7 +310,8 @@ impl Vcpu {
 
     fn establish(&mut self, range: Range) -> Result<Option<TraceId>, Fault> {
         let s = &mut self.surroundings;
-        let (code, memory, vcpu, tlb) = (&mut s.code, &*s.memory, s.vcpu, &mut self.tlb);
+        let (code, shadow) = (&mut s.code, &mut s.shadow);
+        let (memory, vcpu, tlb) = (&*s.memory, s.vcpu, &mut self.tlb);
         s.trace
             .establish(
                 Some(vcpu),
@@ -319,7 +320,7 @@ impl Vcpu {
                 Kind::Code,
                 Sense::WRITE,
                 0,
-                &mut |notice| Surroundings::apply(code, memory, vcpu, tlb, &notice),
+                &mut |notice| Surroundings::apply(code, shadow, memory, vcpu, tlb, &notice),
             )
             .map(|id| {
                 code.use_trace(id);

@@ -1,8 +1,8 @@
 //! What lies around the processor of one VCPU, as the engine asks for it: translation, traced
 //! accesses, devices, CPUID and model-specific registers.
 //!
-//! The way of a fault: a TLB miss comes here ([`Environment::translate`]), is walked, and is
-//! either entered into the TLB, or found to need sensing, or found to be no RAM. A sensed access
+//! The way of a fault: a TLB miss comes here ([`Environment::translate`]), is found in the shadow
+//! page tables or walked, and is either entered into the TLB, or found to need sensing, or found to be no RAM. A sensed access
 //! goes through the trace subsystem ([`Environment::sensed`]); notices that reach this VCPU are
 //! applied to its derived structures by [`Surroundings::apply`] and nowhere else.
 
@@ -14,14 +14,15 @@ use trapline_engine::tlb::{Access, Privilege, Tlb};
 use trapline_memory::GuestMemory;
 use trapline_memory::watch::Touch;
 use trapline_trace::observer::Witness;
-use trapline_trace::{Actor, Kind, Notice, Range, Sense, TraceSystem, VcpuId};
+use trapline_trace::{Actor, Kind, Notice, Range, Sense, TraceSystem, VcpuId, VcpuSet};
 use trapline_x86::cpuid::{CpuidDynamic, CpuidModel};
-use trapline_x86::paging::{self, PhysicalMemory, Request};
+use trapline_x86::paging::{self, Page, PhysicalMemory, Request};
 use trapline_x86::{CpuState, msr};
 
 use crate::code_cache::CodeCache;
 use crate::interrupt::LocalInterrupts;
 use crate::platform::Platform;
+use crate::shadow_pages::{Fill, ShadowPages};
 use crate::signals::attention;
 use crate::statistics::Exits;
 
@@ -42,6 +43,8 @@ pub struct Surroundings {
     pub cpuid: Arc<CpuidModel>,
     /// This VCPU's decoded code.
     pub code: CodeCache,
+    /// This VCPU's shadow page tables.
+    pub shadow: ShadowPages,
     /// Set where an interrupt may have become deliverable by what this VCPU did itself.
     pub look_for_interrupts: bool,
     pub exits: Exits,
@@ -84,7 +87,9 @@ impl Surroundings {
         platform: Arc<dyn Platform>,
         cpuid: Arc<CpuidModel>,
     ) -> Self {
-        let code = CodeCache::new(Witness::new(trace.observing().clone(), vcpu));
+        let witness = Witness::new(trace.observing().clone(), vcpu);
+        let code = CodeCache::new(witness.clone());
+        let shadow = ShadowPages::new(vcpu, cpuid.physical_address_bits(), witness);
         Self {
             vcpu,
             trace,
@@ -93,6 +98,7 @@ impl Surroundings {
             platform,
             cpuid,
             code,
+            shadow,
             look_for_interrupts: false,
             exits: Exits::default(),
             watchpoint_hit: None,
@@ -103,20 +109,27 @@ impl Surroundings {
     /// Applies a notice to this VCPU's derived structures.
     pub fn apply(
         code: &mut CodeCache,
+        shadow: &mut ShadowPages,
         memory: &GuestMemory,
         vcpu: VcpuId,
         tlb: &mut Tlb,
         notice: &Notice,
     ) {
         match notice {
-            Notice::Notification(n) => {
-                if n.kind == Kind::Code && code.invalidate(n.written) {
+            Notice::Notification(n) => match n.kind {
+                Kind::Code if code.invalidate(n.written) => {
                     tlb.bump_epoch();
                     for rip in code.take_removed() {
                         tlb.remove_jump(rip);
                     }
                 }
-            }
+                // The TLB stays as it is until the guest flushes.
+                Kind::Mmu => shadow.apply(n, |gpa, bytes| match bytes {
+                    4 => memory.read_u32(gpa).map(u64::from),
+                    _ => memory.read_u64(gpa),
+                }),
+                _ => {}
+            },
             Notice::Revoke { page, sense } => {
                 for (on, access) in [(sense.write, Access::Write), (sense.read, Access::Read)] {
                     if on {
@@ -128,9 +141,17 @@ impl Surroundings {
         }
     }
 
-    /// Removes the traces of blocks that are gone.
+    /// Removes the traces of blocks and shadow page tables that are gone.
     pub fn remove_released(&mut self) {
         for id in self.code.take_released() {
+            self.trace.remove(self.vcpu, id);
+        }
+        self.remove_released_tables();
+    }
+
+    /// Removes the traces of shadow page tables that are gone.
+    fn remove_released_tables(&mut self) {
+        for id in self.shadow.take_released() {
             self.trace.remove(self.vcpu, id);
         }
     }
@@ -138,10 +159,76 @@ impl Surroundings {
     /// Acknowledges and applies what the trace subsystem has for this VCPU, at an instruction
     /// boundary.
     pub fn boundary(&mut self, tlb: &mut Tlb) {
-        let (code, memory, vcpu) = (&mut self.code, &*self.memory, self.vcpu);
+        let (code, shadow) = (&mut self.code, &mut self.shadow);
+        let (memory, vcpu) = (&*self.memory, self.vcpu);
         self.trace.boundary(vcpu, &mut |notice| {
-            Self::apply(code, memory, vcpu, tlb, &notice)
+            Self::apply(code, shadow, memory, vcpu, tlb, &notice)
         });
+    }
+
+    /// Translates by a walk of guest memory, and keeps what it read in the shadow page tables.
+    fn walk(
+        &mut self,
+        cpu: &CpuState,
+        tlb: &mut Tlb,
+        linear: u64,
+        request: Request,
+    ) -> Result<Page, Fault> {
+        self.shadow.before_walk();
+        loop {
+            let mut walk_memory = WalkMemory {
+                surroundings: self,
+                tlb,
+                rip: cpu.rip,
+                restart: false,
+            };
+            let walked = paging::walk_path(cpu, &mut walk_memory, linear, request);
+            if walk_memory.restart {
+                return Err(Fault::Restart);
+            }
+            let (page, path) = walked?;
+            let memory = &self.memory;
+            match self
+                .shadow
+                .fill(&path, |gpa| memory.host_address(gpa).is_some())
+            {
+                Fill::Done => return Ok(page),
+                Fill::Trace(range) => self.trace_table(tlb, range)?,
+            }
+        }
+    }
+
+    /// Traces a guest page table: its entries are read for copying only after that.
+    ///
+    /// # Errors
+    /// The instruction must start again: it may already have translated another operand to a page
+    /// that this VCPU may not access directly any more.
+    fn trace_table(&mut self, tlb: &mut Tlb, range: Range) -> Result<(), Fault> {
+        if self.shadow.has_released() {
+            self.remove_released_tables();
+        }
+        let (code, shadow) = (&mut self.code, &mut self.shadow);
+        let (memory, vcpu) = (&*self.memory, self.vcpu);
+        let mut noticed = false;
+        let established = self.trace.establish(
+            Some(vcpu),
+            VcpuSet::one(vcpu),
+            range,
+            Kind::Mmu,
+            Sense::WRITE,
+            0,
+            &mut |notice| {
+                noticed = true;
+                Self::apply(code, shadow, memory, vcpu, tlb, &notice);
+            },
+        );
+        if let Ok(id) = established {
+            self.shadow.add_trace(range, id);
+        }
+        if noticed || established.is_err() {
+            return Err(Fault::Restart);
+        }
+        Ok(())
     }
 
     fn dynamic(&self, cpu: &CpuState) -> CpuidDynamic {
@@ -174,6 +261,7 @@ impl WalkMemory<'_> {
         }
         let mut result = None;
         let memory = Arc::clone(&s.memory);
+        s.shadow.updating = true;
         let sensed = s.sensed(
             self.tlb,
             self.rip,
@@ -181,6 +269,7 @@ impl WalkMemory<'_> {
             Access::Write,
             &mut || result = exchange(&memory),
         );
+        s.shadow.updating = false;
         if sensed.is_err() {
             self.restart = true;
             return Err(old);
@@ -222,17 +311,14 @@ impl Environment for Surroundings {
             user: privilege.is_user(),
             smap_closed: privilege == Privilege::Supervisor && access != Access::Fetch,
         };
-        let mut walk_memory = WalkMemory {
-            surroundings: self,
-            tlb,
-            rip: cpu.rip,
-            restart: false,
+        let shadowed = self.shadow.lookup(cpu, linear);
+        let page = match shadowed.filter(|page| page.cacheable(cpu, request)) {
+            Some(page) => {
+                self.shadow.statistics.hits += 1;
+                page
+            }
+            None => self.walk(cpu, tlb, linear, request)?,
         };
-        let page = paging::walk(cpu, &mut walk_memory, linear, request);
-        if walk_memory.restart {
-            return Err(Fault::Restart);
-        }
-        let page = page?;
         let gpa = page.gpa | (linear & 0xfff);
         let Some(host_page) = self.memory.host_address(page.gpa) else {
             return Ok(Translation {
@@ -275,7 +361,8 @@ impl Environment for Surroundings {
     ) -> Result<(), Restart> {
         self.exits.sensed += 1;
         let (ranges, pieces) = ranges(spans);
-        let (code, memory, vcpu) = (&mut self.code, &*self.memory, self.vcpu);
+        let (code, shadow) = (&mut self.code, &mut self.shadow);
+        let (memory, vcpu) = (&*self.memory, self.vcpu);
         let touch = Touch {
             actor: Actor::Vcpu(vcpu),
             rip: Some(rip),
@@ -296,7 +383,7 @@ impl Environment for Surroundings {
                     {
                         watchpoint = Some(n.cookie);
                     }
-                    Self::apply(code, memory, vcpu, tlb, &notice);
+                    Self::apply(code, shadow, memory, vcpu, tlb, &notice);
                 },
                 &mut || {
                     if access == Access::Write {
@@ -307,6 +394,10 @@ impl Environment for Surroundings {
             )
             .map_err(|_| Restart)?;
         memory.after_writes(&self.trace);
+        // A page that is written often should cost no further time.
+        if self.shadow.has_released() {
+            self.remove_released_tables();
+        }
         if watchpoint.is_some() {
             self.watchpoint_hit = watchpoint;
             self.trace.raise(vcpu, attention::DEBUG);
@@ -323,7 +414,8 @@ impl Environment for Surroundings {
     ) -> Result<(), Restart> {
         self.exits.split_locks += 1;
         let (ranges, pieces) = ranges(spans);
-        let (code, memory, vcpu) = (&mut self.code, &*self.memory, self.vcpu);
+        let (code, shadow) = (&mut self.code, &mut self.shadow);
+        let (memory, vcpu) = (&*self.memory, self.vcpu);
         let touch = Touch {
             actor: Actor::Vcpu(vcpu),
             rip: Some(rip),
@@ -334,7 +426,7 @@ impl Environment for Surroundings {
             .exclusive(
                 vcpu,
                 &ranges[..pieces],
-                &mut |notice| Self::apply(code, memory, vcpu, tlb, &notice),
+                &mut |notice| Self::apply(code, shadow, memory, vcpu, tlb, &notice),
                 &mut || {
                     memory.before_write(&ranges);
                     memory.watches().perform(memory, touch, perform);
@@ -448,8 +540,19 @@ impl Environment for Surroundings {
         self.look_for_interrupts = true;
     }
 
-    fn before_flush(&mut self, _tlb: &mut Tlb) {
-        // Page tables are walked anew after every flush; nothing is derived from them but the TLB.
+    fn before_flush(&mut self, tlb: &mut Tlb) {
+        if self.shadow.has_released() {
+            self.remove_released_tables();
+        }
+        if self.shadow.is_empty() {
+            return;
+        }
+        let (code, shadow) = (&mut self.code, &mut self.shadow);
+        let (memory, vcpu) = (&*self.memory, self.vcpu);
+        self.trace.settle(vcpu, &mut |notice| {
+            Self::apply(code, shadow, memory, vcpu, tlb, &notice);
+        });
+        self.shadow.flushed();
     }
 
     fn pause(&mut self) {

@@ -115,6 +115,7 @@ impl Vcpu {
         VcpuStatistics {
             tlb_fills: self.tlb.fills,
             code: self.surroundings.code.statistics,
+            shadow: self.surroundings.shadow.statistics,
             exits: self.surroundings.exits,
             running_ns: self.started.map_or(self.statistics.running_ns, |started| {
                 (started.elapsed().as_nanos() as u64).saturating_sub(self.statistics.halted_ns)
@@ -182,7 +183,7 @@ impl Vcpu {
         let s = &mut self.surroundings;
         let taken = s.trace.attention(s.vcpu).take(attention::ALL);
         s.boundary(&mut self.tlb);
-        if s.code.has_released() {
+        if s.code.has_released() || s.shadow.has_released() {
             s.remove_released();
         }
         if taken & attention::STOP != 0 {
@@ -205,6 +206,7 @@ impl Vcpu {
                 self.nmi_pending = false;
                 self.surroundings.apic.init();
                 self.cpu.init(self.bootstrap);
+                self.surroundings.before_flush(&mut self.tlb);
                 self.tlb.flush_all();
             }
             if let Some(vector) = events.startup
@@ -212,6 +214,7 @@ impl Vcpu {
             {
                 tracing::debug!(target: "vcpu", vcpu = self.surroundings.vcpu.index(), vector, "starts");
                 self.cpu.startup(vector);
+                self.surroundings.before_flush(&mut self.tlb);
                 self.tlb.flush_all();
             }
         }

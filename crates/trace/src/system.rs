@@ -208,8 +208,11 @@ impl TraceSystem {
 
     /// Called by a running VCPU at an instruction boundary before it completes what orders its
     /// notices by the guest's own rules, such as a TLB flush: hands over every notice that was
-    /// posted before, however long it would travel. Returns whether there was any.
+    /// posted before, however long it would travel, and those of writes that could be seen before,
+    /// even if they were not posted yet. Returns whether there was any.
     pub fn settle(&self, vcpu: VcpuId, handler: &mut dyn FnMut(Notice)) -> bool {
+        // A write that can be seen but has not been posted is still being performed in the lane.
+        drop(self.enter_lane(Some(vcpu)));
         self.drain_queue(vcpu, true, handler)
     }
 

@@ -5,13 +5,15 @@
 //! implementer sees each entry that a translation depends on and each accessed or dirty bit that is
 //! set.
 
-mod entry;
+pub mod entry;
+mod format;
 mod walk;
 
 #[cfg(test)]
 mod tests;
 
-pub use walk::walk;
+pub use format::{Format, Level};
+pub use walk::{Path, Used, walk, walk_path};
 
 use crate::CpuState;
 use crate::control::{cr0, cr4};

@@ -1,6 +1,7 @@
 //! The walk itself.
 
-use super::entry::{A, D, G, P, PS, RW, US, XD, bits};
+use super::entry::{A, D, P, RW, US};
+use super::format::Format;
 use super::{Page, PhysicalMemory, Request};
 use crate::control::{cr0, cr4, efer};
 use crate::exception::page_fault;
@@ -8,138 +9,31 @@ use crate::{CpuState, Exception};
 
 const PAGE_MASK: u64 = !0xfff;
 
-/// One level of a paging mode.
-struct Level {
-    /// The lowest linear-address bit that indexes this level's table.
-    shift: u32,
-    /// Bits of the index.
-    width: u32,
-    kind: Kind,
-}
-
-/// What an entry of a level can be.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Kind {
-    /// Refers to a table; PS is reserved.
-    Table,
-    /// Maps a page if PS is set, else refers to a table.
-    TableOrPage,
-    /// Refers to a table; PS is ignored (32-bit paging without CR4.PSE).
-    TableIgnoringSize,
-    /// A page-directory-pointer-table entry of PAE paging: no rights, no accessed bit.
-    Pointer,
-    /// Maps a 4 KiB page.
-    Page,
-}
-
-const fn level(shift: u32, width: u32, kind: Kind) -> Level {
-    Level { shift, width, kind }
-}
-
-const FOUR_LEVEL: [Level; 4] = [
-    level(39, 9, Kind::Table),
-    level(30, 9, Kind::TableOrPage),
-    level(21, 9, Kind::TableOrPage),
-    level(12, 9, Kind::Page),
-];
-const PAE: [Level; 3] = [
-    level(30, 2, Kind::Pointer),
-    level(21, 9, Kind::TableOrPage),
-    level(12, 9, Kind::Page),
-];
-const TWO_LEVEL: [Level; 2] = [
-    level(22, 10, Kind::TableIgnoringSize),
-    level(12, 10, Kind::Page),
-];
-const TWO_LEVEL_PSE: [Level; 2] = [level(22, 10, Kind::TableOrPage), level(12, 10, Kind::Page)];
-
-/// A paging mode: its levels and what its entries look like.
-struct Format {
-    levels: &'static [Level],
-    /// The first table.
-    root: u64,
-    /// Entries have 4 bytes.
-    narrow: bool,
-    /// Bits reserved in every present entry.
-    reserved: u64,
-    /// Bits of the physical address in an entry.
-    address: u64,
-    address_bits: u32,
-}
-
-impl Format {
-    fn of(cpu: &CpuState, address_bits: u32) -> Self {
-        let width = address_bits.clamp(32, 52);
-        let mut reserved = bits(width, 52);
-        if cpu.efer & efer::NXE == 0 {
-            reserved |= XD;
-        }
-        let address = bits(12, width);
-        let wide = |levels, root| Self {
-            levels,
-            root,
-            narrow: false,
-            reserved,
-            address,
-            address_bits: width,
-        };
-        if cpu.long_mode() {
-            wide(&FOUR_LEVEL, cpu.cr3 & address)
-        } else if cpu.cr4 & cr4::PAE != 0 {
-            // Bits 62 to 52 are ignored in 4-level paging but reserved in PAE paging.
-            Self {
-                reserved: reserved | bits(52, 63),
-                ..wide(&PAE, cpu.cr3 & bits(5, 32))
-            }
-        } else {
-            let pse = cpu.cr4 & cr4::PSE != 0;
-            Self {
-                levels: if pse { &TWO_LEVEL_PSE } else { &TWO_LEVEL },
-                root: cpu.cr3 & bits(12, 32),
-                narrow: true,
-                reserved: 0,
-                address: bits(12, 32),
-                address_bits: width,
-            }
-        }
-    }
-
-    /// The reserved bits of an entry of `level`; `page`: it maps a page.
-    fn reserved(&self, level: &Level, page: bool) -> u64 {
-        match level.kind {
-            // SDM table 4-8, and all bits above the address width (also 63).
-            Kind::Pointer => self.reserved | bits(1, 3) | bits(5, 9) | XD,
-            Kind::Table => self.reserved | PS,
-            Kind::TableOrPage if !page => self.reserved,
-            // A 4 MiB page: bits 20 to 13 are address bits 39 to 32 (PSE-36), as far as there are
-            // such.
-            Kind::TableOrPage if self.narrow => {
-                bits(13, 22) & !bits(13, 13 + (self.address_bits.min(40) - 32))
-            }
-            // Bit 12 belongs to the PAT index.
-            Kind::TableOrPage => self.reserved | bits(13, level.shift),
-            Kind::TableIgnoringSize | Kind::Page => self.reserved,
-        }
-    }
-
-    /// The first byte that a leaf entry maps.
-    fn page_base(&self, entry: u64, level: &Level) -> u64 {
-        if self.narrow && level.shift == 22 {
-            (entry & bits(22, 32))
-                | (((entry >> 13) & bits(0, self.address_bits.min(40) - 32)) << 32)
-        } else {
-            entry & self.address & !bits(0, level.shift)
-        }
-    }
-}
-
 /// An entry that a translation used.
-#[derive(Clone, Copy, Default)]
-struct Used {
-    gpa: u64,
-    value: u64,
-    /// Bits to be set in it.
-    set: u64,
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Used {
+    /// Guest-physical address of the entry's table.
+    pub table: u64,
+    /// Which of its entries.
+    pub index: usize,
+    /// What it said when it was read.
+    pub value: u64,
+    /// Bits that the walk has set in it since, where the memory can be written.
+    pub set: u64,
+}
+
+/// The entries that a translation used, from the root.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Path {
+    used: [Used; 4],
+    depth: usize,
+}
+
+impl Path {
+    /// Empty without paging.
+    pub fn entries(&self) -> &[Used] {
+        &self.used[..self.depth]
+    }
 }
 
 /// Translates `linear` for an access as the current paging mode does, sets the accessed bit in
@@ -156,13 +50,26 @@ pub fn walk(
     linear: u64,
     request: Request,
 ) -> Result<Page, Exception> {
+    walk_path(cpu, memory, linear, request).map(|(page, _)| page)
+}
+
+/// As [`walk`], with the entries used: for whoever derives something from them.
+///
+/// # Errors
+/// As [`walk`].
+pub fn walk_path(
+    cpu: &CpuState,
+    memory: &mut impl PhysicalMemory,
+    linear: u64,
+    request: Request,
+) -> Result<(Page, Path), Exception> {
     let linear = if cpu.long_mode() {
         linear
     } else {
         linear & 0xffff_ffff
     };
     if !cpu.paging() {
-        return Ok(Page {
+        let page = Page {
             gpa: linear & PAGE_MASK,
             size: 4096,
             user: true,
@@ -171,13 +78,14 @@ pub fn walk(
             global: false,
             dirty: true,
             paged: false,
-        });
+        };
+        return Ok((page, Path::default()));
     }
     let format = Format::of(cpu, memory.address_bits());
     loop {
         // A lost race means that another VCPU changed the entry: what it says now counts.
-        if let Some(page) = attempt(cpu, memory, &format, linear, request)? {
-            return Ok(page);
+        if let Some(found) = attempt(cpu, memory, &format, linear, request)? {
+            return Ok(found);
         }
     }
 }
@@ -189,50 +97,38 @@ fn attempt(
     format: &Format,
     linear: u64,
     request: Request,
-) -> Result<Option<Page>, Exception> {
+) -> Result<Option<(Page, Path)>, Exception> {
     let fault = |bits| page_fault_of(cpu, linear, request, bits);
     let mut used = [Used::default(); 4];
-    let mut table = format.root;
+    let mut table = format.root();
     let mut rights = RW | US;
-    let mut execute_disable = false;
-    for (depth, level) in format.levels.iter().enumerate() {
-        let index = (linear >> level.shift) & bits(0, level.width);
-        let gpa = table + index * if format.narrow { 4 } else { 8 };
-        let value = read(memory, format, gpa);
+    let mut any = 0;
+    for (depth, level) in format.levels().iter().enumerate() {
+        let index = level.index(linear);
+        let value = read(memory, format, address(format, table, index));
         if value & P == 0 {
             return Err(fault(0));
         }
-        let is_page = match level.kind {
-            Kind::Page => true,
-            Kind::TableOrPage => value & PS != 0,
-            Kind::Table | Kind::TableIgnoringSize | Kind::Pointer => false,
-        };
+        let is_page = level.maps_page(value);
         if value & format.reserved(level, is_page) != 0 {
             return Err(fault(page_fault::PRESENT | page_fault::RESERVED));
         }
-        if level.kind != Kind::Pointer {
+        used[depth] = Used {
+            table,
+            index,
+            value,
+            set: 0,
+        };
+        if level.has_rights() {
             rights &= value;
-            execute_disable |= value & XD != 0;
-            used[depth] = Used {
-                gpa,
-                value,
-                set: A & !value,
-            };
+            any |= value;
+            used[depth].set = A & !value;
         }
         if !is_page {
-            table = value & format.address;
+            table = format.table(value);
             continue;
         }
-        let mut page = Page {
-            gpa: format.page_base(value, level) | (linear & bits(12, level.shift)),
-            size: 1 << level.shift,
-            user: rights & US != 0,
-            writable: rights & RW != 0,
-            executable: !execute_disable,
-            global: value & G != 0 && cpu.cr4 & cr4::PGE != 0,
-            dirty: value & D != 0,
-            paged: true,
-        };
+        let mut page = format.page(cpu, level, value, linear, rights, any);
         if !page.permits(cpu, request) {
             return Err(fault(page_fault::PRESENT));
         }
@@ -243,10 +139,18 @@ fn attempt(
         let changed = used[..=depth]
             .iter()
             .any(|entry| !update(memory, format, entry));
-        return Ok((!changed).then_some(page));
+        let path = Path {
+            used,
+            depth: depth + 1,
+        };
+        return Ok((!changed).then_some((page, path)));
     }
     // Every format ends with a level whose entries map pages.
     Err(fault(0))
+}
+
+fn address(format: &Format, table: u64, index: usize) -> u64 {
+    table + index as u64 * format.entry_bytes()
 }
 
 fn read(memory: &mut impl PhysicalMemory, format: &Format, gpa: u64) -> u64 {
@@ -262,13 +166,14 @@ fn update(memory: &mut impl PhysicalMemory, format: &Format, entry: &Used) -> bo
     if entry.set == 0 {
         return true;
     }
+    let gpa = address(format, entry.table, entry.index);
     let new = entry.value | entry.set;
     let found = if format.narrow {
         memory
-            .compare_exchange_u32(entry.gpa, entry.value as u32, new as u32)
+            .compare_exchange_u32(gpa, entry.value as u32, new as u32)
             .map_err(|found| found as u64)
     } else {
-        memory.compare_exchange_u64(entry.gpa, entry.value, new)
+        memory.compare_exchange_u64(gpa, entry.value, new)
     };
     // `Err(value)`: memory that cannot be written.
     found.map_or_else(|found| found == entry.value, |()| true)
