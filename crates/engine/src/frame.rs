@@ -65,6 +65,10 @@ pub mod field {
     pub const SPILL: i32 = 248;
     /// The address of a look-up that missed.
     pub const MISSED: i32 = 256;
+    /// RFLAGS.IF, 0 or 1.
+    pub const INTERRUPTS: i32 = 264;
+    /// RFLAGS without the status flags, IF and the bit that is always set.
+    pub const OTHER_FLAGS: i32 = 272;
     /// The tables begin.
     pub const TABLES: i32 = 4096;
 }

@@ -3,7 +3,7 @@
 //! An entry is right as long as the translation of its page is, so it goes with the page's
 //! translation. Entries of global pages survive a change of the address space.
 
-use std::collections::HashMap;
+use foldhash::HashMap;
 
 use crate::frame::{Frame, JUMP_TABLES, SLOTS, empty, jump_hosts, jump_targets};
 
@@ -35,6 +35,14 @@ fn clear(frame: &mut Frame, page: &Page) {
         let (table, slot) = (usize::from(table), usize::from(slot));
         frame.set_slot(jump_targets(table), slot, empty(slot));
     }
+}
+
+/// The host address for `target`.
+#[inline]
+pub(crate) fn find(frame: &Frame, table: usize, target: u64) -> Option<u64> {
+    let slot = slot(target);
+    (target.wrapping_add(frame.slot(jump_targets(table), slot)) == 0)
+        .then(|| frame.slot(jump_hosts(table), slot))
 }
 
 impl Jumps {

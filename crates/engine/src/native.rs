@@ -14,7 +14,7 @@ pub(crate) mod form;
 pub(crate) mod host;
 mod registers;
 
-use std::collections::HashMap;
+use foldhash::HashMap;
 
 use iced_x86::{CodeSize, Instruction, InstructionInfoFactory};
 use thiserror::Error;
@@ -93,8 +93,8 @@ impl NativeCode {
         Ok(Self {
             arena,
             host: Host::detect(),
-            single: HashMap::new(),
-            runs: HashMap::new(),
+            single: HashMap::default(),
+            runs: HashMap::default(),
             factory: InstructionInfoFactory::new(),
             host_mxcsr,
         })
@@ -176,8 +176,8 @@ fn key(instruction: &Instruction) -> Key {
 /// Whether `instruction` may run natively: it is unprivileged, not control flow, touches no other
 /// memory than its one explicit operand, and reads or writes nothing that [`CpuState`] virtualizes
 /// (segments, system registers, time stamp, stack). It may still raise #UD when the host lacks it.
-pub fn supports(instruction: &Instruction) -> bool {
-    Form::of(instruction, &mut InstructionInfoFactory::new()).is_some()
+pub fn supports(instruction: &Instruction, factory: &mut InstructionInfoFactory) -> bool {
+    Form::of(instruction, factory).is_some()
 }
 
 /// Executes `thunk` on `cpu`. On a fault guest registers and memory are unchanged, except that

@@ -329,6 +329,12 @@ impl Tlb {
             .insert(&mut self.frame, privilege as usize, target, host, global);
     }
 
+    /// Where [`Self::insert_jump`] said that code for `target` lies, if that still holds.
+    #[inline]
+    pub fn jump(&self, privilege: Privilege, target: u64) -> Option<u64> {
+        crate::jumps::find(&self.frame, privilege as usize, target)
+    }
+
     /// Removes the jumps to `target`.
     pub fn remove_jump(&mut self, target: u64) {
         self.jumps.remove(&mut self.frame, target);

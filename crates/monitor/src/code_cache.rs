@@ -5,7 +5,7 @@
 //! notification removes the blocks that overlap what was written. The cache belongs to its VCPU's
 //! thread; nobody else touches it.
 
-use std::collections::{HashMap, HashSet};
+use foldhash::{HashMap, HashSet};
 use std::rc::Rc;
 
 use trapline_engine::decode::Block;
@@ -143,13 +143,13 @@ impl CodeCache {
     /// An empty cache, whose invalidations `witness` sees.
     pub fn new(witness: Witness) -> Self {
         Self {
-            blocks: HashMap::new(),
-            by_page: HashMap::new(),
+            blocks: HashMap::default(),
+            by_page: HashMap::default(),
             operations: 0,
             jumps: vec![None; JUMP_ENTRIES],
-            uses: HashMap::new(),
+            uses: HashMap::default(),
             released: Vec::new(),
-            gone: HashSet::new(),
+            gone: HashSet::default(),
             witness,
             translator: None,
             translated: 0,

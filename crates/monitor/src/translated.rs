@@ -7,7 +7,8 @@ use std::sync::Arc;
 use trapline_engine::access::{Core, Fault};
 use trapline_engine::step::events::Event;
 use trapline_engine::step::run::{Turn, run_one};
-use trapline_engine::translate::{Context, Left, Site, run};
+use trapline_engine::translate::{Context, Entry, Left, Site, run};
+use trapline_trace::Attention;
 use trapline_x86::Mode;
 use trapline_x86::control::{cr0, dr7, rflags};
 use trapline_x86::state::{Activity, InterruptShadow};
@@ -50,13 +51,29 @@ impl Vcpu {
         let word = trace.attention(self.surroundings.vcpu);
         loop {
             let context = Context::of(&self.cpu);
-            if self.last_context.is_none_or(|last| {
-                (last.sse, last.avx, last.avx512) != (context.sse, context.avx, context.avx512)
-            }) {
+            if self
+                .last_context
+                .is_none_or(|last| last.number() >> 2 != context.number() >> 2)
+            {
                 // The jump tables tell only privileges apart.
                 self.tlb.remove_jumps();
             }
             self.last_context = Some(context);
+            let quick = self
+                .tlb
+                .jump(context.privilege, self.cpu.rip)
+                .filter(|_| matches!(self.came_from, From::Jump) && !word.pending());
+            if let Some(address) = quick {
+                self.came_from = From::Elsewhere;
+                let translator = self.surroundings.code.translator.as_ref();
+                let Some(entry) = translator.map(|t| t.entry_at(address)) else {
+                    return;
+                };
+                if self.enter_translated(entry, word) {
+                    return;
+                }
+                continue;
+            }
             let block = match self.fetch(Wanted::Translated(context)) {
                 Ok(block) => block,
                 Err(Fault::Restart) => {
@@ -73,71 +90,71 @@ impl Vcpu {
                 self.step();
                 return;
             };
-            self.statistics.blocks += 1;
-            let mut core = Core::new(&mut self.cpu, &mut self.tlb, &mut self.surroundings);
-            // SAFETY: the block has just been fetched for this context and RIP; the code is
-            // dropped only by `fetch`, never while it runs. The word lives as long as the trace
-            // system.
-            let left = unsafe { run(&mut core, entry, word.as_ptr()) };
-            if self.log_translated {
-                tracing::trace!(target: "translated", vcpu = self.surroundings.vcpu.index(), rip = format_args!("{:#x}", block.block.rip), ?left, "left");
-            }
-            match left {
-                Left::Site(number) => {
-                    let translator = self.surroundings.code.translator.as_ref();
-                    match translator.and_then(|t| t.site(number)) {
-                        Some(Site::Link { target, .. }) => {
-                            self.cpu.rip = target;
-                            self.came_from = From::Link(number, self.code_drops);
-                        }
-                        Some(Site::Jump { target }) => {
-                            self.cpu.rip = target;
-                            self.came_from = From::Jump;
-                        }
-                        Some(Site::Step { rip }) => {
-                            self.cpu.rip = rip;
-                            self.step();
-                            self.came_from = From::Jump;
-                        }
-                        Some(Site::Attention { rip }) => {
-                            self.cpu.rip = rip;
-                            return;
-                        }
-                        None => return,
-                    }
-                }
-                Left::Turn(turn) => {
-                    self.surroundings.exits.assists += 1;
-                    self.ended(turn);
-                    self.came_from = From::Jump;
-                }
-                Left::Step { address, fault } => {
-                    self.surroundings.exits.host_faults += u64::from(fault);
-                    let translator = self.surroundings.code.translator.as_ref();
-                    let Some(rip) = translator.and_then(|t| t.rip_of(address)) else {
-                        return;
-                    };
-                    self.cpu.rip = rip;
-                    self.step();
-                }
-            }
-            if word.pending()
-                || self.undelivered.is_some()
-                || self.surroundings.look_for_interrupts && self.cpu.interrupts_enabled()
-                || self.cpu.activity != Activity::Active
-                || !self.may_run_translated()
-            {
+            if self.enter_translated(entry, word) {
                 return;
             }
         }
     }
 
+    /// Enters translated code and does what it left for; whether the run loop must have a look.
+    fn enter_translated(&mut self, entry: Entry, word: &Attention) -> bool {
+        self.statistics.blocks += 1;
+        let mut core = Core::new(&mut self.cpu, &mut self.tlb, &mut self.surroundings);
+        // SAFETY: the block has just been fetched for this context and RIP; the code is
+        // dropped only by `fetch`, never while it runs. The word lives as long as the trace
+        // system.
+        let left = unsafe { run(&mut core, entry, word.as_ptr()) };
+        if self.log_translated {
+            tracing::trace!(target: "translated", vcpu = self.surroundings.vcpu.index(), ?left, "left");
+        }
+        match left {
+            Left::Site(number) => {
+                let translator = self.surroundings.code.translator.as_ref();
+                match translator.and_then(|t| t.site(number)) {
+                    Some(Site::Link { target, .. }) => {
+                        self.cpu.rip = target;
+                        self.came_from = From::Link(number, self.code_drops);
+                    }
+                    Some(Site::Jump { target }) => {
+                        self.cpu.rip = target;
+                        self.came_from = From::Jump;
+                    }
+                    Some(Site::Step { rip }) => {
+                        self.cpu.rip = rip;
+                        self.step();
+                        self.came_from = From::Jump;
+                    }
+                    Some(Site::Attention { rip }) => {
+                        self.cpu.rip = rip;
+                        return true;
+                    }
+                    None => return true,
+                }
+            }
+            Left::Turn(turn) => {
+                self.surroundings.exits.assists += 1;
+                self.ended(turn);
+                self.came_from = From::Jump;
+            }
+            Left::Step { address, fault } => {
+                self.surroundings.exits.host_faults += u64::from(fault);
+                let translator = self.surroundings.code.translator.as_ref();
+                let Some(rip) = translator.and_then(|t| t.rip_of(address)) else {
+                    return true;
+                };
+                self.cpu.rip = rip;
+                self.step();
+            }
+        }
+        word.pending()
+            || self.undelivered.is_some()
+            || self.surroundings.look_for_interrupts && self.cpu.interrupts_enabled()
+            || self.cpu.activity != Activity::Active
+            || !self.may_run_translated()
+    }
+
     /// Where to begin in `block`; enters it where it will be looked for.
-    fn enter(
-        &mut self,
-        block: &Rc<CachedBlock>,
-        context: Context,
-    ) -> Option<trapline_engine::translate::Entry> {
+    fn enter(&mut self, block: &Rc<CachedBlock>, context: Context) -> Option<Entry> {
         let from = std::mem::take(&mut self.came_from);
         let id = block.translated?;
         let translator = self.surroundings.code.translator.as_mut()?;

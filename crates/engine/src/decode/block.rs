@@ -1,6 +1,8 @@
 //! Decoding a run of guest bytes into a block.
 
-use iced_x86::{Code, Decoder, DecoderError, DecoderOptions, Instruction, Register};
+use iced_x86::{
+    Code, Decoder, DecoderError, DecoderOptions, Instruction, InstructionInfoFactory, Register,
+};
 use trapline_x86::Mode;
 
 use super::features::Features;
@@ -56,6 +58,7 @@ pub fn decode(
     limit: usize,
 ) -> Result<DecodeEnd, ThunkError> {
     let mut decoder = Decoder::with_ip(mode.bits(), bytes, rip, DecoderOptions::NONE);
+    let mut factory = InstructionInfoFactory::new();
     let mut ops: Vec<Op> = Vec::new();
     let mut len = 0;
     while ops.len() < limit.min(MAX_INSTRUCTIONS) {
@@ -75,7 +78,7 @@ pub fn decode(
         }
         let undefined = is_wide_outside_64_bit(&instruction, &bytes[at..decoder.position()], mode);
         let allowed = features.allow(&instruction) && !undefined;
-        let mut op = Op::new(instruction, mode, allowed);
+        let mut op = Op::new(instruction, mode, allowed, &mut factory);
         if instruction.is_invalid() && is_too_long(&bytes[at..], mode) {
             op.kind = OpKind::TooLong;
         }

@@ -1,12 +1,13 @@
 //! Which instruction-set extensions the guest may use: those that its CPUID shows.
 
-use std::collections::HashSet;
-
 use iced_x86::{CpuidFeature, Instruction};
 
 /// The set of extensions; an instruction of any other raises #UD.
 #[derive(Clone, Debug)]
-pub struct Features(HashSet<CpuidFeature>);
+pub struct Features([u64; WORDS]);
+
+/// Words of a set of extensions, a bit each.
+const WORDS: usize = 4;
 
 /// CPUID output registers.
 const EAX: usize = 0;
@@ -108,13 +109,14 @@ const ALWAYS: &[CpuidFeature] = &[
 impl Features {
     /// Reads them off the guest's CPUID.
     pub fn new(mut cpuid: impl FnMut(u32, u32) -> [u32; 4]) -> Self {
-        let mut set: HashSet<_> = ALWAYS.iter().copied().collect();
+        let mut set = Self([0; WORDS]);
+        ALWAYS.iter().for_each(|&feature| set.insert(feature));
         for &(feature, leaf, subleaf, register, bit) in TABLE {
             if cpuid(leaf, subleaf)[register] >> bit & 1 != 0 {
                 set.insert(feature);
             }
         }
-        Self(set)
+        set
     }
 
     /// Whether all extensions that the instruction needs are shown.
@@ -122,6 +124,10 @@ impl Features {
         instruction
             .cpuid_features()
             .iter()
-            .all(|f| self.0.contains(f))
+            .all(|&f| self.0[f as usize / 64 % WORDS] >> (f as usize % 64) & 1 != 0)
+    }
+
+    fn insert(&mut self, feature: CpuidFeature) {
+        self.0[feature as usize / 64 % WORDS] |= 1 << (feature as usize % 64);
     }
 }

@@ -1,8 +1,8 @@
 //! One predecoded guest instruction.
 
 use iced_x86::{
-    Code, ConditionCode, EncodingKind, FlowControl, Instruction, Mnemonic, OpAccess,
-    OpKind as Operand, Register,
+    Code, ConditionCode, EncodingKind, FlowControl, Instruction, InstructionInfoFactory, Mnemonic,
+    OpAccess, OpKind as Operand, Register,
 };
 use trapline_x86::Mode;
 
@@ -142,13 +142,18 @@ pub struct Op {
 
 impl Op {
     /// Predecodes; native operations get their thunk later.
-    pub fn new(instruction: Instruction, mode: Mode, allowed: bool) -> Self {
+    pub fn new(
+        instruction: Instruction,
+        mode: Mode,
+        allowed: bool,
+        factory: &mut InstructionInfoFactory,
+    ) -> Self {
         let kind = if is_hint(&instruction) {
             OpKind::NoOperation
         } else if instruction.is_invalid() || !allowed || !lock_is_legal(&instruction) {
             OpKind::Undefined
         } else {
-            kind_of(&instruction, mode)
+            kind_of(&instruction, mode, factory)
         };
         Self {
             kind,
@@ -340,8 +345,7 @@ fn check_of(i: &Instruction) -> StateCheck {
 }
 
 /// How an explicit memory operand is accessed.
-fn operand_access(i: &Instruction) -> Option<OperandAccess> {
-    let mut factory = iced_x86::InstructionInfoFactory::new();
+fn operand_access(i: &Instruction, factory: &mut InstructionInfoFactory) -> Option<OperandAccess> {
     let info = factory.info(i);
     (0..i.op_count())
         .find(|&n| i.op_kind(n) == Operand::Memory)
@@ -357,7 +361,7 @@ fn operand_access(i: &Instruction) -> Option<OperandAccess> {
         })
 }
 
-fn kind_of(i: &Instruction, mode: Mode) -> OpKind {
+fn kind_of(i: &Instruction, mode: Mode, factory: &mut InstructionInfoFactory) -> OpKind {
     use Mnemonic as M;
     let real = matches!(mode, Mode::Real | Mode::Virtual8086);
     if real && !matches!(i.encoding(), EncodingKind::Legacy) {
@@ -402,10 +406,10 @@ fn kind_of(i: &Instruction, mode: Mode) -> OpKind {
         }
         _ => {}
     }
-    if !crate::native::supports(i) {
+    if !crate::native::supports(i, factory) {
         return OpKind::Undefined;
     }
-    match operand_access(i) {
+    match operand_access(i, factory) {
         Some(access) if is_masked(i) => OpKind::NativeMasked(access),
         Some(access) => OpKind::NativeMemory(access),
         None => OpKind::Native,

@@ -253,6 +253,20 @@ impl Assembler {
     pub fn zero_extend16(&mut self, to: u8, from: u8) {
         self.with_reg(false, &[0x0f, 0xb7], to, from);
     }
+    /// MOVZX r32, m8.
+    pub fn load_byte(&mut self, to: u8, mem: Mem) {
+        self.with_mem(false, &[0x0f, 0xb6], to, mem);
+    }
+    /// RORX r32, r32, imm8, as a shift to the left of a value that fits. Needs BMI2.
+    pub fn shift_left_flagless(&mut self, register: u8, count: u8) {
+        // VEX.LZ.F2.0F3A.W0 F0 /r ib.
+        self.byte(0xc4);
+        self.byte((!register >> 3 & 1) << 7 | 0x40 | (!register >> 3 & 1) << 5 | 3);
+        self.byte(0x7b);
+        self.byte(0xf0);
+        self.byte(0xc0 | (register & 7) << 3 | register & 7);
+        self.byte(32 - count);
+    }
     /// SHRX r64, r64, RSP: without flags. Needs BMI2.
     pub fn page_number(&mut self, to: u8, from: u8) {
         // VEX.LZ.F2.0F38.W1 F7 /r, the count in vvvv.
@@ -442,6 +456,18 @@ mod tests {
         assert_eq!(
             text(|a| a.page_number(reg::R15, reg::RAX)),
             "shrx %rsp,%rax,%r15"
+        );
+    }
+
+    #[test]
+    fn the_flagless_shift_to_the_left_rotates() {
+        assert_eq!(
+            text(|a| a.shift_left_flagless(reg::RCX, 11)),
+            "rorx $0x15,%ecx,%ecx"
+        );
+        assert_eq!(
+            text(|a| a.shift_left_flagless(reg::R15, 9)),
+            "rorx $0x17,%r15d,%r15d"
         );
     }
 

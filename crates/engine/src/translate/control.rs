@@ -12,6 +12,15 @@ use super::emit::Emitter;
 use super::memory::{Address, Look};
 use super::registers::{ADDRESS, COUNT, GUEST_RBP, GUEST_RSP, INDEX, STACK, home, host};
 
+/// Hints that access nothing as far as the guest can tell.
+fn is_prefetch(mnemonic: Mnemonic) -> bool {
+    use Mnemonic as M;
+    matches!(
+        mnemonic,
+        M::Prefetch | M::Prefetchw | M::Prefetchnta | M::Prefetcht0 | M::Prefetcht1 | M::Prefetcht2
+    )
+}
+
 impl Emitter<'_> {
     /// Whether [`Self::own`] knows the form.
     pub(super) fn own_is_possible(&self, op: &Op) -> bool {
@@ -35,6 +44,11 @@ impl Emitter<'_> {
             },
             OpKind::Pop => matches!(i.code(), Code::Pop_r64 | Code::Pop_rm64) && register64(0),
             OpKind::Frame => i.code() == Code::Leaveq,
+            OpKind::System => match i.mnemonic() {
+                Mnemonic::Cli => self.context.ring0,
+                Mnemonic::Pushfq => i.code() == Code::Pushfq && self.bmi2,
+                m => is_prefetch(m),
+            },
             _ => false,
         }
     }
@@ -72,6 +86,11 @@ impl Emitter<'_> {
             }
             OpKind::Push => self.push(op),
             OpKind::Pop => self.pop(op),
+            OpKind::System => match op.instruction.mnemonic() {
+                Mnemonic::Cli => self.asm.store_immediate32(Mem::field(field::INTERRUPTS), 0),
+                Mnemonic::Pushfq => self.push_flags(),
+                _ => {}
+            },
             OpKind::Frame if op.instruction.mnemonic() == Mnemonic::Leave => self.leave_frame(),
             _ => {}
         }
@@ -151,6 +170,31 @@ impl Emitter<'_> {
             }
             _ => self.push_constant(i.immediate(0)),
         }
+    }
+
+    /// PUSHFQ: neither VM nor RF is ever set here.
+    fn push_flags(&mut self) {
+        self.look_up(self.stack(-8, true));
+        let a = &mut self.asm;
+        let sum = Mem {
+            base: Some(INDEX),
+            index: Some((COUNT, 0)),
+            displacement: 0,
+        };
+        a.mov(COUNT, reg::RAX);
+        a.flags_to_ax();
+        a.store_ax(Mem::field(field::KEPT_FLAGS));
+        a.mov(reg::RAX, COUNT);
+        a.load_byte(INDEX, Mem::field(field::KEPT_FLAGS + 1));
+        for (field, bit) in [(field::KEPT_FLAGS, 11), (field::INTERRUPTS, 9)] {
+            a.load_byte(COUNT, Mem::field(field));
+            a.shift_left_flagless(COUNT, bit);
+            a.lea(INDEX, sum);
+        }
+        a.load(COUNT, Mem::field(field::OTHER_FLAGS));
+        a.lea(INDEX, sum);
+        a.store(Mem::base(ADDRESS, 0), INDEX);
+        a.lea(STACK, Mem::base(STACK, -8));
     }
 
     fn pop(&mut self, op: &Op) {

@@ -1,6 +1,6 @@
 //! Emits the code of one block.
 
-use iced_x86::{Encoder, InstructionInfoFactory};
+use iced_x86::{Encoder, InstructionInfoFactory, Mnemonic};
 
 use crate::decode::op::{OpKind, StateCheck};
 use crate::decode::{Block, Op};
@@ -146,13 +146,15 @@ pub(super) fn emit(
     let mut open = true;
     for (n, (op, treatment)) in block.ops.iter().zip(treatments).enumerate() {
         emitter.operation = n;
+        // CLI ends a block only for the sake of those who step.
+        let goes_on = matches!(treatment, Treatment::Own) && op.kind == OpKind::System;
         emitter.point(n);
         match treatment {
             Treatment::Plain(plan, look) => emitter.plain(op, &plan, look),
             Treatment::Assist => emitter.assist(op),
             Treatment::Own => emitter.own(op),
         }
-        open = !op.ends_block();
+        open = !op.ends_block() || goes_on;
     }
     let next = block.rip.wrapping_add(u64::from(block.len));
     if open {
@@ -181,6 +183,7 @@ impl Emitter<'_> {
             let treatment = self.treatment(op, form.as_ref());
             effects.push(match (&treatment, &form) {
                 (Treatment::Assist, _) => (STATUS, 0),
+                _ if op.instruction.mnemonic() == Mnemonic::Pushfq => (STATUS, 0),
                 (_, Some(form)) => (form.flags_in, form.flags_determined),
                 // Moves and stack operations touch none; branches read some or leave.
                 _ if op.ends_block() => (STATUS, 0),
@@ -337,6 +340,7 @@ impl Emitter<'_> {
 
     /// Lets a helper execute the operation.
     pub(super) fn assist(&mut self, op: &Op) {
+        tracing::trace!(target: "assist", instruction = %op.instruction, kind = ?op.kind, "left to a helper");
         let op = Box::new(op.clone());
         let pointer: *const Op = &*op;
         self.assisted.push(op);

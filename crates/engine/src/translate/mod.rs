@@ -47,6 +47,8 @@ const ARENA_BYTES: usize = 64 << 20;
 pub struct Context {
     /// Of its data accesses.
     pub privilege: Privilege,
+    /// The current privilege level is 0.
+    pub ring0: bool,
     /// SSE, AVX and AVX-512 instructions do not fault.
     pub sse: bool,
     pub avx: bool,
@@ -66,18 +68,20 @@ impl Context {
         };
         Self {
             privilege: Privilege::of_data(cpu),
+            ring0: cpu.cpl() == 0,
             sse,
             avx: extended(0x6),
             avx512: extended(0xe6),
         }
     }
 
-    /// As a number below 128.
+    /// As a number below 128, the privilege in the lowest two bits.
     pub fn number(self) -> u8 {
         self.privilege as u8
             | u8::from(self.sse) << 2
             | u8::from(self.avx) << 3
             | u8::from(self.avx512) << 4
+            | u8::from(self.ring0) << 5
     }
 
     fn data_table(self, write: bool) -> usize {
@@ -213,6 +217,14 @@ impl Translator {
             function: self.stubs.enter,
             address: self.arena.start() + u64::from(block.entry),
         })
+    }
+
+    /// Where to begin at what [`Self::address`] gave: with the poll.
+    pub fn entry_at(&self, address: u64) -> Entry {
+        Entry {
+            function: self.stubs.enter,
+            address,
+        }
     }
 
     /// The host address of a block with its poll, for the jump tables.

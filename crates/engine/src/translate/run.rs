@@ -5,6 +5,8 @@
 //! loaded and stored by the code itself where it needs them.
 #![allow(unsafe_code)]
 
+use std::sync::atomic::{AtomicU32, Ordering};
+
 use trapline_x86::control::rflags;
 use trapline_x86::vector::MXCSR_RESET;
 use trapline_x86::{CpuState, SegmentRegister};
@@ -46,6 +48,11 @@ fn enter_frame(cpu: &CpuState, frame: &mut Frame) {
     let overflow = cpu.rflags >> 11 & 1;
     let others = cpu.rflags & 0xd5 | 2;
     frame.set(field::FLAGS, overflow | others << 8);
+    frame.set(field::INTERRUPTS, cpu.rflags >> 9 & 1);
+    frame.set(
+        field::OTHER_FLAGS,
+        cpu.rflags & !(STATUS | rflags::IF | rflags::ONE),
+    );
     frame.set(field::FS_BASE, cpu.seg[SegmentRegister::Fs as usize].base);
     frame.set(field::GS_BASE, cpu.seg[SegmentRegister::Gs as usize].base);
 }
@@ -57,7 +64,8 @@ fn leave_frame(cpu: &mut CpuState, frame: &Frame) {
     }
     let flags = frame.get(field::FLAGS);
     let status = (flags & 1) << 11 | flags >> 8 & 0xd5;
-    cpu.rflags = cpu.rflags & !STATUS | status;
+    let interrupts = (frame.get(field::INTERRUPTS) & 1) << 9;
+    cpu.rflags = cpu.rflags & !(STATUS | rflags::IF) | status | interrupts;
 }
 
 /// Where to begin.
@@ -160,6 +168,13 @@ extern "sysv64" fn miss<E: Environment>(
     1
 }
 
+/// Whether something asks for the VCPU's attention.
+fn is_wanted(frame: &Frame) -> bool {
+    let word = frame.get(field::ATTENTION) as *const AtomicU32;
+    // SAFETY: `run` put the pointer there; the word outlives the run.
+    unsafe { &*word }.load(Ordering::Relaxed) != 0
+}
+
 /// Executes one operation. Anything but 0 leaves translated code.
 extern "sysv64" fn assist<E: Environment>(context: *mut Context<'_, '_, E>, op: *const Op) -> u32 {
     // SAFETY: as in `miss`.
@@ -172,7 +187,10 @@ extern "sysv64" fn assist<E: Environment>(context: *mut Context<'_, '_, E>, op: 
     core.cpu.rip = op.instruction.ip();
     core.leave_block = false;
     core.look_at_checks();
-    let result = single_operation(core, op);
+    let mut result = single_operation(core, op);
+    while result == Ok(Flow::Again) && !core.leave_block && !is_wanted(core.tlb.frame()) {
+        result = single_operation(core, op);
+    }
     let next = op.instruction.next_ip();
     context.turn = match result {
         Ok(Flow::Next) if !core.leave_block && !op.ends_block() => {

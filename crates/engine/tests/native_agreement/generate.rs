@@ -66,7 +66,7 @@ impl Generator {
             let instruction =
                 Decoder::with_ip(self.bits, &bytes, ip(self.bits), DecoderOptions::NONE).decode();
             if instruction.is_invalid()
-                || !native::supports(&instruction)
+                || !native::supports(&instruction, &mut iced_x86::InstructionInfoFactory::new())
                 || is_excluded(&instruction)
                 || (self.undefined[instruction.code() as usize] == 8 && !self.random.one_in(64))
             {
