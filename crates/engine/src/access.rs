@@ -330,10 +330,11 @@ impl<'a, E: Environment> Core<'a, E> {
         let parts = [Some((pieces.first, head)), pieces.second.map(|p| (p, tail))];
         let mut spans = [pieces.first.span(); 2];
         let mut sensed = 0;
-        for (piece, _) in parts.iter().flatten() {
+        for (piece, bytes) in parts.iter().flatten() {
             if piece.is_sensed() {
                 spans[sensed] = piece.span();
                 sensed += 1;
+                self.env.announce(bytes);
             }
         }
         let mut write_ram = || {

@@ -60,6 +60,12 @@ pub trait Environment {
         access: Access,
     ) -> Result<Translation, Fault>;
 
+    /// Right before [`Self::sensed`] for a write whose bytes are known: those that will be written
+    /// to the next of its spans. Traces may want to tell them before they are there (\[0081\]).
+    fn announce(&mut self, bytes: &[u8]) {
+        let _ = bytes;
+    }
+
     /// Performs an access to RAM that traces may cover. `perform` is called exactly once unless
     /// `Err(Restart)` is returned, then not at all. After a write the caller ends its block: the
     /// code that it executes may have changed. `rip` is the accessing instruction's address, for

@@ -6,7 +6,7 @@ use std::os::unix::fs::MetadataExt;
 use std::sync::{Arc, OnceLock};
 
 use rustix::fs::{MemfdFlags, memfd_create};
-use trapline_trace::{Actor, Range, Sense, Sensor, TraceSystem, VcpuId, VcpuSet};
+use trapline_trace::{Actor, Phase, Range, Sense, Sensor, TraceSystem, VcpuId, VcpuSet};
 use vm_memory::{
     Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
 };
@@ -225,13 +225,18 @@ impl GuestMemory {
             let range = Range::new(here, here.saturating_add(part.len() as u64));
             // A writer that is no VCPU has nothing to start again.
             let touch = by(actor, &range, Sense::WRITE);
-            let _ = trace.access(actor, &[range], Sense::WRITE, &mut |_| {}, &mut || {
-                let mut write = || {
-                    self.before_write(&[range]);
-                    good &= self.write_page(here, part);
-                };
-                self.watches.perform(self, touch, &mut write);
-            });
+            let mut perform = |phase: Phase<'_>| match phase {
+                Phase::Foresee(value) => value.extend_from_slice(part),
+                Phase::Perform => {
+                    let mut write = || {
+                        self.before_write(&[range]);
+                        good &= self.write_page(here, part);
+                    };
+                    self.watches.perform(self, touch, &mut write);
+                }
+            };
+            let ranges = [range];
+            let _ = trace.access_foreseen(actor, &ranges, Sense::WRITE, &mut |_| {}, &mut perform);
             self.after_writes(trace);
             at += part.len();
         }
@@ -335,7 +340,7 @@ impl Sensor for GuestMemory {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use trapline_trace::{Kind, TRACE};
+    use trapline_trace::{Kind, Notice, Semantics, TRACE};
 
     #[test]
     fn sizes_must_be_pages() {
@@ -382,6 +387,15 @@ mod tests {
         assert!(!trace.attention(vcpu).pending());
         assert!(memory.write(&trace, Actor::Device, 0xfff, &[1; 0x102]));
         assert_eq!(trace.attention(vcpu).take(u32::MAX), TRACE);
+        trace.set_semantics(Kind::Code, Semantics::PreWriteValue);
+        assert!(memory.write(&trace, Actor::Device, 0x110f, &[6, 7]));
+        let mut values = Vec::new();
+        trace.boundary(vcpu, &mut |notice| {
+            if let Notice::Notification(n) = notice {
+                values.push(n.value.map(|value| value.to_vec()));
+            }
+        });
+        assert_eq!(values, [None, Some(vec![6, 7])]);
         assert!(!memory.write(&trace, Actor::Device, 4 * PAGE, &[1]));
     }
 

@@ -14,7 +14,7 @@ use trapline_engine::tlb::{Access, Privilege, Tlb};
 use trapline_memory::GuestMemory;
 use trapline_memory::watch::Touch;
 use trapline_trace::observer::Witness;
-use trapline_trace::{Actor, Kind, Notice, Range, Sense, TraceSystem, VcpuId, VcpuSet};
+use trapline_trace::{Actor, Kind, Notice, Phase, Range, Sense, TraceSystem, VcpuId, VcpuSet};
 use trapline_x86::cpuid::{CpuidDynamic, CpuidModel};
 use trapline_x86::paging::{self, Page, PhysicalMemory, Request};
 use trapline_x86::{CpuState, msr};
@@ -50,6 +50,8 @@ pub struct Surroundings {
     pub exits: Exits,
     /// The watchpoint of a debugger that this VCPU's last access hit.
     pub watchpoint_hit: Option<u64>,
+    /// What the sensed write that follows will write.
+    announced: Vec<u8>,
     pauses: u32,
 }
 
@@ -102,6 +104,7 @@ impl Surroundings {
             look_for_interrupts: false,
             exits: Exits::default(),
             watchpoint_hit: None,
+            announced: Vec::new(),
             pauses: 0,
         }
     }
@@ -351,6 +354,10 @@ impl Environment for Surroundings {
         })
     }
 
+    fn announce(&mut self, bytes: &[u8]) {
+        self.announced.extend_from_slice(bytes);
+    }
+
     fn sensed(
         &mut self,
         tlb: &mut Tlb,
@@ -369,9 +376,11 @@ impl Environment for Surroundings {
             ranges: &ranges,
             sense: sense(access),
         };
+        let announced = &self.announced;
         let mut watchpoint = None;
-        self.trace
-            .access(
+        let done = self
+            .trace
+            .access_foreseen(
                 Actor::Vcpu(vcpu),
                 &ranges[..pieces],
                 sense(access),
@@ -385,14 +394,19 @@ impl Environment for Surroundings {
                     }
                     Self::apply(code, shadow, memory, vcpu, tlb, &notice);
                 },
-                &mut || {
-                    if access == Access::Write {
-                        memory.before_write(&ranges);
+                &mut |phase| match phase {
+                    Phase::Foresee(value) => value.extend_from_slice(announced),
+                    Phase::Perform => {
+                        if access == Access::Write {
+                            memory.before_write(&ranges);
+                        }
+                        memory.watches().perform(memory, touch, perform);
                     }
-                    memory.watches().perform(memory, touch, perform);
                 },
             )
-            .map_err(|_| Restart)?;
+            .map_err(|_| Restart);
+        self.announced.clear();
+        done?;
         memory.after_writes(&self.trace);
         // A page that is written often should cost no further time.
         if self.shadow.has_released() {
