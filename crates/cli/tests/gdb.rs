@@ -142,6 +142,9 @@ fn a_debugger_rewrites_running_code() {
     }
     assert_eq!(gdb.ask(&format!("M{rip:x},4:{EXIT_7}")), "OK");
     assert_eq!(gdb.ask(&format!("m{rip:x},4")), EXIT_7);
+    // Not even one instruction is executed from what was decoded before.
+    assert!(gdb.ask("vCont;s:1").starts_with('T'));
+    assert_eq!(gdb.register(16), rip + 2);
     assert_eq!(gdb.ask("D"), "OK");
     let status = trapline.wait().expect("trapline ends");
     assert_eq!(status.code(), Some(15));

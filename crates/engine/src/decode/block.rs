@@ -145,7 +145,7 @@ fn exchange_or_pause(instruction: Instruction, bytes: &[u8]) -> Instruction {
 }
 
 /// Whether VEX.W asks VPINSRD or VPEXTRD for 64 bits outside 64-bit mode, where that is undefined
-/// (SDM vol. 2, "PEXTRB/PEXTRD/PEXTRQ"); the decoder ignores it there. The EVEX forms do ignore it.
+/// (measured on a Zen 4 processor); the decoder ignores it there. The EVEX forms do ignore it.
 fn is_wide_outside_64_bit(instruction: &Instruction, bytes: &[u8], mode: Mode) -> bool {
     let moves_element = matches!(
         instruction.code(),
