@@ -55,14 +55,13 @@ impl PoolStatistics {
 }
 
 impl SharingPool {
-    /// A pool without machines. It takes up to a quarter of the mappings that the host gives a
-    /// process.
+    /// A pool without machines. It takes up to half of the mappings that the host gives a process.
     ///
     /// # Errors
     /// The host has no file to give.
     pub fn new() -> io::Result<Arc<Self>> {
         let text = std::fs::read_to_string(MAX_MAP_COUNT).unwrap_or_default();
-        Self::with_mappings(text.trim().parse().unwrap_or(USUAL_MAP_COUNT) / 4)
+        Self::with_mappings(text.trim().parse().unwrap_or(USUAL_MAP_COUNT) / 2)
     }
 
     /// As [`Self::new`], with a bound on the mappings that sharing takes.
