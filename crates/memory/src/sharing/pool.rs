@@ -32,6 +32,7 @@ pub(super) struct Inner {
     next_id: u64,
     /// Places where one mapping ends and another begins.
     pub mappings: usize,
+    pub passes: u64,
 }
 
 /// Counted for the pool.
@@ -43,8 +44,12 @@ pub struct PoolStatistics {
     pub shared_pages: u64,
     /// Pages of all machines that are mapped to zeros.
     pub zero_pages: u64,
+    /// Pages of all machines that the host copied because they were written.
+    pub private_pages: u64,
     /// Mappings of the host that sharing takes.
     pub mappings: u64,
+    /// How often all machines have been scanned.
+    pub passes: u64,
 }
 
 impl PoolStatistics {
@@ -75,6 +80,7 @@ impl SharingPool {
                 members: BTreeMap::new(),
                 next_id: 0,
                 mappings: 0,
+                passes: 0,
             }),
             cookie: AtomicU64::new(0),
             most_mappings,
@@ -190,7 +196,9 @@ impl SharingPool {
             copies: inner.slots.used() as u64,
             shared_pages: sum(|s| s.shared_pages),
             zero_pages: sum(|s| s.zero_pages),
+            private_pages: inner.members.values().map(|r| r.private.len() as u64).sum(),
             mappings: inner.mappings as u64,
+            passes: inner.passes,
         }
     }
 

@@ -128,6 +128,7 @@ impl Scanner {
             }
             self.leave_machine();
         }
+        self.pool.lock().passes += 1;
         step.pass_ended = true;
         step
     }

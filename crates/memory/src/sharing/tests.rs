@@ -86,7 +86,9 @@ fn the_same_pages_of_two_machines_take_memory_once() {
         copies: 100,
         shared_pages: 200,
         zero_pages: 0,
+        private_pages: 0,
         mappings: 2,
+        passes: 5,
     };
     assert_eq!(pool.statistics(), expected);
     assert_eq!(expected.bytes_saved(), 100 * PAGE as u64);
