@@ -217,7 +217,7 @@ impl<'a, E: Environment> Core<'a, E> {
     }
 
     /// Notes the data breakpoints (DR7) that an access hits; reported after the instruction.
-    fn note_breakpoints(&mut self, linear: u64, len: usize, access: Access) {
+    pub(crate) fn note_breakpoints(&mut self, linear: u64, len: usize, access: Access) {
         let control = self.cpu.dr7;
         if control & dr7::ENABLES == 0 {
             return;

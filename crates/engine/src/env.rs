@@ -3,6 +3,7 @@
 use trapline_x86::CpuState;
 
 use crate::access::Fault;
+use crate::system_item::{Decoded, SystemItem};
 use crate::tlb::{Access, Privilege, Tlb};
 
 /// A guest-physical byte range that does not cross a page.
@@ -117,6 +118,24 @@ pub trait Environment {
     fn cr8_read(&mut self) -> u64;
     /// MOV to CR8, `value` 0 to 15.
     fn cr8_write(&mut self, value: u64);
+
+    /// The item at `linear`, if the environment keeps it decoded or wants to from now on; `None`
+    /// tells the engine to read and decode it itself. What is returned is what a read with
+    /// [`Privilege::Supervisor`] at this moment gives, or gave at an earlier moment that the guest
+    /// cannot tell from this one. No translation obtained before the call may be used after it: a
+    /// trace may have come to lie on its page.
+    ///
+    /// # Errors
+    /// Page faults, restart.
+    fn shadowed(
+        &mut self,
+        _cpu: &CpuState,
+        _tlb: &mut Tlb,
+        _linear: u64,
+        _item: SystemItem,
+    ) -> Result<Option<Decoded>, Fault> {
+        Ok(None)
+    }
 
     /// Translations are about to be invalidated by the guest (MOV to CR3, INVLPG, INVPCID, a
     /// change of CR0 or CR4): everything queued for this VCPU that affects them is applied first

@@ -12,9 +12,11 @@
 pub mod access;
 pub mod decode;
 pub mod env;
+mod exchange;
 pub mod frame;
 mod jumps;
 pub mod native;
 pub mod step;
+pub mod system_item;
 pub mod tlb;
 pub mod translate;

@@ -86,14 +86,16 @@ pub fn boot(
 fn vcpu(index: usize, s: &VcpuStatistics, roles: RoleTotals) -> Value {
     let e = &s.exits;
     // What was derived from memory, by kind of its trace: blocks of code, copies of page-table
-    // entries. Kinds from which nothing is derived are not there.
+    // entries, items of descriptor tables. Kinds from which nothing is derived are not there.
     let invalidations = json!({
         "code": s.code.invalidated_blocks,
         "mmu": s.shadow.invalidated_entries,
+        "descriptor": s.descriptors.invalidated,
     });
     let rederivations = json!({
         "code": s.code.rederived_blocks,
         "mmu": s.shadow.updated_entries,
+        "descriptor": s.descriptors.rederived,
     });
     json!({
         "vcpu": index,
@@ -116,6 +118,12 @@ fn vcpu(index: usize, s: &VcpuStatistics, roles: RoleTotals) -> Value {
         },
         "invalidations": invalidations,
         "rederivations": rederivations,
+        "shadow_descriptors": {
+            "hits": s.descriptors.hits,
+            "unshadowed": s.descriptors.unshadowed,
+            "derived": s.descriptors.derived,
+            "rests": s.descriptors.rests,
+        },
         "exits": {
             "port": e.port,
             "device": e.device,

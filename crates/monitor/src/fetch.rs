@@ -310,7 +310,7 @@ impl Vcpu {
 
     fn establish(&mut self, range: Range) -> Result<Option<TraceId>, Fault> {
         let s = &mut self.surroundings;
-        let (code, shadow) = (&mut s.code, &mut s.shadow);
+        let (code, shadow, descriptors) = (&mut s.code, &mut s.shadow, &mut s.descriptors);
         let (memory, vcpu, tlb) = (&*s.memory, s.vcpu, &mut self.tlb);
         s.trace
             .establish(
@@ -320,7 +320,9 @@ impl Vcpu {
                 Kind::Code,
                 Sense::WRITE,
                 0,
-                &mut |notice| Surroundings::apply(code, shadow, memory, vcpu, tlb, &notice),
+                &mut |notice| {
+                    Surroundings::apply(code, shadow, descriptors, memory, vcpu, tlb, &notice)
+                },
             )
             .map(|id| {
                 code.use_trace(id);

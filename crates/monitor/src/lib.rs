@@ -13,6 +13,7 @@ pub mod debug;
 mod fetch;
 pub mod interrupt;
 pub mod platform;
+pub mod shadow_descriptors;
 pub mod shadow_pages;
 pub mod signals;
 pub mod statistics;

@@ -4,6 +4,7 @@ use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::code_cache::CodeStatistics;
+use crate::shadow_descriptors::DescriptorStatistics;
 use crate::shadow_pages::ShadowStatistics;
 
 /// Times that guest execution left the engine, by cause.
@@ -47,6 +48,7 @@ pub struct VcpuStatistics {
     pub tlb_fills: u64,
     pub code: CodeStatistics,
     pub shadow: ShadowStatistics,
+    pub descriptors: DescriptorStatistics,
     pub exits: Exits,
     /// Host time executing, without halts, in nanoseconds.
     pub running_ns: u64,

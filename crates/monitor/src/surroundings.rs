@@ -10,6 +10,7 @@ use std::sync::Arc;
 
 use trapline_engine::access::Fault;
 use trapline_engine::env::{Backing, Environment, MsrFault, Restart, Span, Translation};
+use trapline_engine::system_item::{Decoded, SystemItem};
 use trapline_engine::tlb::{Access, Privilege, Tlb};
 use trapline_memory::GuestMemory;
 use trapline_memory::watch::Touch;
@@ -22,6 +23,7 @@ use trapline_x86::{CpuState, msr};
 use crate::code_cache::CodeCache;
 use crate::interrupt::LocalInterrupts;
 use crate::platform::Platform;
+use crate::shadow_descriptors::ShadowDescriptors;
 use crate::shadow_pages::{Fill, ShadowPages};
 use crate::signals::attention;
 use crate::statistics::Exits;
@@ -45,6 +47,8 @@ pub struct Surroundings {
     pub code: CodeCache,
     /// This VCPU's shadow page tables.
     pub shadow: ShadowPages,
+    /// This VCPU's shadow descriptor tables.
+    pub descriptors: ShadowDescriptors,
     /// Set where an interrupt may have become deliverable by what this VCPU did itself.
     pub look_for_interrupts: bool,
     pub exits: Exits,
@@ -91,7 +95,8 @@ impl Surroundings {
     ) -> Self {
         let witness = Witness::new(trace.observing().clone(), vcpu);
         let code = CodeCache::new(witness.clone());
-        let shadow = ShadowPages::new(vcpu, cpuid.physical_address_bits(), witness);
+        let shadow = ShadowPages::new(vcpu, cpuid.physical_address_bits(), witness.clone());
+        let descriptors = ShadowDescriptors::new(witness);
         Self {
             vcpu,
             trace,
@@ -101,6 +106,7 @@ impl Surroundings {
             cpuid,
             code,
             shadow,
+            descriptors,
             look_for_interrupts: false,
             exits: Exits::default(),
             watchpoint_hit: None,
@@ -113,6 +119,7 @@ impl Surroundings {
     pub fn apply(
         code: &mut CodeCache,
         shadow: &mut ShadowPages,
+        descriptors: &mut ShadowDescriptors,
         memory: &GuestMemory,
         vcpu: VcpuId,
         tlb: &mut Tlb,
@@ -131,6 +138,9 @@ impl Surroundings {
                     4 => memory.read_u32(gpa).map(u64::from),
                     _ => memory.read_u64(gpa),
                 }),
+                Kind::Descriptor => {
+                    descriptors.invalidate(n.written, n.actor != Actor::Vcpu(vcpu));
+                }
                 _ => {}
             },
             Notice::Revoke { page, sense } => {
@@ -139,17 +149,28 @@ impl Surroundings {
                         tlb.revoke(*page, access);
                     }
                 }
+                if sense.read {
+                    descriptors.reads_are_sensed(*page);
+                }
                 memory.release(vcpu, *page, *sense);
             }
         }
     }
 
-    /// Removes the traces of blocks and shadow page tables that are gone.
+    /// Removes the traces of derived structures that are gone.
     pub fn remove_released(&mut self) {
         for id in self.code.take_released() {
             self.trace.remove(self.vcpu, id);
         }
         self.remove_released_tables();
+        self.remove_descriptor_traces();
+    }
+
+    /// Removes the traces of shadow descriptors that are gone.
+    pub(crate) fn remove_descriptor_traces(&mut self) {
+        for id in self.descriptors.take_released() {
+            self.trace.remove(self.vcpu, id);
+        }
     }
 
     /// Removes the traces of shadow page tables that are gone.
@@ -163,9 +184,10 @@ impl Surroundings {
     /// boundary.
     pub fn boundary(&mut self, tlb: &mut Tlb) {
         let (code, shadow) = (&mut self.code, &mut self.shadow);
+        let descriptors = &mut self.descriptors;
         let (memory, vcpu) = (&*self.memory, self.vcpu);
         self.trace.boundary(vcpu, &mut |notice| {
-            Self::apply(code, shadow, memory, vcpu, tlb, &notice)
+            Self::apply(code, shadow, descriptors, memory, vcpu, tlb, &notice)
         });
     }
 
@@ -211,6 +233,7 @@ impl Surroundings {
             self.remove_released_tables();
         }
         let (code, shadow) = (&mut self.code, &mut self.shadow);
+        let descriptors = &mut self.descriptors;
         let (memory, vcpu) = (&*self.memory, self.vcpu);
         let mut noticed = false;
         let established = self.trace.establish(
@@ -222,7 +245,7 @@ impl Surroundings {
             0,
             &mut |notice| {
                 noticed = true;
-                Self::apply(code, shadow, memory, vcpu, tlb, &notice);
+                Self::apply(code, shadow, descriptors, memory, vcpu, tlb, &notice);
             },
         );
         if let Ok(id) = established {
@@ -369,6 +392,7 @@ impl Environment for Surroundings {
         self.exits.sensed += 1;
         let (ranges, pieces) = ranges(spans);
         let (code, shadow) = (&mut self.code, &mut self.shadow);
+        let descriptors = &mut self.descriptors;
         let (memory, vcpu) = (&*self.memory, self.vcpu);
         let touch = Touch {
             actor: Actor::Vcpu(vcpu),
@@ -392,7 +416,7 @@ impl Environment for Surroundings {
                     {
                         watchpoint = Some(n.cookie);
                     }
-                    Self::apply(code, shadow, memory, vcpu, tlb, &notice);
+                    Self::apply(code, shadow, descriptors, memory, vcpu, tlb, &notice);
                 },
                 &mut |phase| match phase {
                     Phase::Foresee(value) => value.extend_from_slice(announced),
@@ -408,7 +432,15 @@ impl Environment for Surroundings {
         self.announced.clear();
         done?;
         memory.after_writes(&self.trace);
-        // A page that is written often should cost no further time.
+        if access == Access::Write {
+            for span in spans {
+                self.descriptors.note_write(span.gpa);
+            }
+            // A page that is written often should cost no further time.
+            if self.descriptors.has_released() {
+                self.remove_descriptor_traces();
+            }
+        }
         if self.shadow.has_released() {
             self.remove_released_tables();
         }
@@ -429,6 +461,7 @@ impl Environment for Surroundings {
         self.exits.split_locks += 1;
         let (ranges, pieces) = ranges(spans);
         let (code, shadow) = (&mut self.code, &mut self.shadow);
+        let descriptors = &mut self.descriptors;
         let (memory, vcpu) = (&*self.memory, self.vcpu);
         let touch = Touch {
             actor: Actor::Vcpu(vcpu),
@@ -440,7 +473,7 @@ impl Environment for Surroundings {
             .exclusive(
                 vcpu,
                 &ranges[..pieces],
-                &mut |notice| Self::apply(code, shadow, memory, vcpu, tlb, &notice),
+                &mut |notice| Self::apply(code, shadow, descriptors, memory, vcpu, tlb, &notice),
                 &mut || {
                     memory.before_write(&ranges);
                     memory.watches().perform(memory, touch, perform);
@@ -554,6 +587,20 @@ impl Environment for Surroundings {
         self.look_for_interrupts = true;
     }
 
+    #[inline]
+    fn shadowed(
+        &mut self,
+        cpu: &CpuState,
+        tlb: &mut Tlb,
+        linear: u64,
+        item: SystemItem,
+    ) -> Result<Option<Decoded>, Fault> {
+        match self.descriptors.recent(tlb, linear, item) {
+            Some(answer) => Ok(answer),
+            None => self.shadow_descriptor(cpu, tlb, linear, item),
+        }
+    }
+
     fn before_flush(&mut self, tlb: &mut Tlb) {
         if self.shadow.has_released() {
             self.remove_released_tables();
@@ -562,9 +609,10 @@ impl Environment for Surroundings {
             return;
         }
         let (code, shadow) = (&mut self.code, &mut self.shadow);
+        let descriptors = &mut self.descriptors;
         let (memory, vcpu) = (&*self.memory, self.vcpu);
         self.trace.settle(vcpu, &mut |notice| {
-            Self::apply(code, shadow, memory, vcpu, tlb, &notice);
+            Self::apply(code, shadow, descriptors, memory, vcpu, tlb, &notice);
         });
         self.shadow.flushed();
     }

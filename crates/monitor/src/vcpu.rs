@@ -116,6 +116,7 @@ impl Vcpu {
             tlb_fills: self.tlb.fills,
             code: self.surroundings.code.statistics,
             shadow: self.surroundings.shadow.statistics,
+            descriptors: self.surroundings.descriptors.statistics,
             exits: self.surroundings.exits,
             running_ns: self.started.map_or(self.statistics.running_ns, |started| {
                 (started.elapsed().as_nanos() as u64).saturating_sub(self.statistics.halted_ns)
@@ -183,7 +184,7 @@ impl Vcpu {
         let s = &mut self.surroundings;
         let taken = s.trace.attention(s.vcpu).take(attention::ALL);
         s.boundary(&mut self.tlb);
-        if s.code.has_released() || s.shadow.has_released() {
+        if s.code.has_released() || s.shadow.has_released() || s.descriptors.has_released() {
             s.remove_released();
         }
         if taken & attention::STOP != 0 {

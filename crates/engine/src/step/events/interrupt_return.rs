@@ -5,7 +5,7 @@ use trapline_x86::control::rflags;
 use trapline_x86::state::InterruptShadow;
 use trapline_x86::{CpuState, Exception, Gpr, Mode, SegmentRegister};
 
-use crate::access::Core;
+use crate::access::{Core, Fault};
 use crate::env::Environment;
 use crate::step::segments::descriptor as descriptors;
 use crate::step::stack::access::Stack;
@@ -26,18 +26,20 @@ pub fn execute<E: Environment>(core: &mut Core<'_, E>, instr: &Instruction) -> E
         Code::Iretd => 4,
         _ => 8,
     };
-    match core.cpu.mode() {
-        Mode::Real => real(core, size)?,
-        Mode::Virtual8086 if core.cpu.iopl() < 3 => {
-            return Err(Exception::general_protection(0).into());
-        }
-        Mode::Virtual8086 => real(core, size)?,
+    let returned = match core.cpu.mode() {
+        Mode::Real => real(core, size),
+        Mode::Virtual8086 if core.cpu.iopl() < 3 => Err(Exception::general_protection(0).into()),
+        Mode::Virtual8086 => real(core, size),
         _ => {
             let next = events::next_rip(core.cpu, instr.len());
-            protected(core, size, next)?
+            protected(core, size, next)
         }
     };
-    core.cpu.nmi_blocked = false;
+    // Even one that faults (SDM vol. 3, 6.7.1).
+    if !matches!(returned, Err(Fault::Restart)) {
+        core.cpu.nmi_blocked = false;
+    }
+    returned?;
     core.cpu.shadow = InterruptShadow::None;
     Ok(Flow::Jump)
 }

@@ -5,6 +5,7 @@ pub mod interrupt_return;
 mod tests;
 
 use trapline_x86::control::{cr0, dr7, rflags};
+use trapline_x86::descriptor::{Gate, GateKind};
 use trapline_x86::exception::selector_error::{EXT, IDT};
 use trapline_x86::segment::Rights;
 use trapline_x86::state::{Activity, InterruptShadow};
@@ -12,12 +13,11 @@ use trapline_x86::{CpuState, Exception, Gpr, Mode, Segment, SegmentRegister, Vec
 
 use crate::access::{Core, Fault};
 use crate::env::{Environment, Restart};
-use crate::step::segments::descriptor::{
-    self as descriptors, Descriptor, selector_error, system_type,
-};
+use crate::step::segments::descriptor::{self as descriptors, Descriptor, selector_error};
 use crate::step::stack::access::Stack;
 use crate::step::transfer;
 use crate::step::transfer::task::{self, TaskSwitch};
+use crate::system_item::{Decoded, SystemItem};
 use crate::tlb::Privilege;
 
 /// Something that is delivered through the interrupt descriptor table.
@@ -215,7 +215,7 @@ fn deliver_real<E: Environment>(core: &mut Core<'_, E>, plan: &Plan) -> Result<(
 }
 
 /// Reads and checks the event's gate.
-fn gate<E: Environment>(core: &mut Core<'_, E>, plan: &Plan) -> Result<Descriptor, Fault> {
+fn gate<E: Environment>(core: &mut Core<'_, E>, plan: &Plan) -> Result<Gate, Fault> {
     let long = core.cpu.long_mode();
     let size = if long { 16 } else { 8 };
     let offset = u64::from(plan.vector) * size;
@@ -224,30 +224,21 @@ fn gate<E: Environment>(core: &mut Core<'_, E>, plan: &Plan) -> Result<Descripto
         return Err(invalid());
     }
     let linear = core.cpu.idtr.base.wrapping_add(offset);
-    let raw = core.read::<8>(linear, Privilege::Supervisor)?;
-    let mut gate = Descriptor {
-        selector: 0,
-        raw,
-        high: 0,
-        linear,
+    let item = if long {
+        SystemItem::WideGate
+    } else {
+        SystemItem::Gate
     };
-    if long {
-        let high = core.read::<8>(linear.wrapping_add(8), Privilege::Supervisor)?;
-        gate.high = high & 0xffff_ffff;
-    }
-    use system_type::*;
-    let valid = match gate.rights().kind() {
-        INTERRUPT_GATE | TRAP_GATE => true,
-        TASK_GATE | INTERRUPT_GATE16 | TRAP_GATE16 => !long,
-        _ => false,
+    let Decoded::Gate(Some(gate)) = descriptors::read_item(core, linear, item)? else {
+        return Err(invalid());
     };
-    if !valid || !gate.is_system() {
+    if !gate.kind.is_event() {
         return Err(invalid());
     }
-    if plan.software && gate.dpl() < core.cpu.cpl() {
+    if plan.software && gate.dpl < core.cpu.cpl() {
         return Err(invalid());
     }
-    if !gate.is_present() {
+    if !gate.present {
         return Err(Exception::segment_not_present(plan.idt_error()).into());
     }
     Ok(gate)
@@ -288,7 +279,7 @@ fn handler_segment<E: Environment>(
 }
 
 /// Makes the handler's code segment and flags current. Nothing here can fail.
-fn enter_handler(cpu: &mut CpuState, gate: &Descriptor, code: &Descriptor, level: u8, rip: u64) {
+fn enter_handler(cpu: &mut CpuState, gate: &Gate, code: &Descriptor, level: u8, rip: u64) {
     let mut cs = code.segment();
     cs.selector = cs.selector & !3 | u16::from(level);
     cs.rights.0 |= Rights::ACCESSED;
@@ -296,8 +287,7 @@ fn enter_handler(cpu: &mut CpuState, gate: &Descriptor, code: &Descriptor, level
     cpu.cpl = level;
     cpu.rip = rip;
     let mut clear = rflags::TF | rflags::NT | rflags::RF | rflags::VM;
-    // Types of interrupt gates are even, those of trap gates odd.
-    if gate.rights().kind() & 1 == 0 {
+    if gate.kind.is_interrupt() {
         clear |= rflags::IF;
     }
     cpu.rflags &= !clear;
@@ -306,7 +296,7 @@ fn enter_handler(cpu: &mut CpuState, gate: &Descriptor, code: &Descriptor, level
 /// Protected and virtual-8086 mode.
 fn deliver_protected<E: Environment>(core: &mut Core<'_, E>, plan: &Plan) -> Result<(), Fault> {
     let gate = gate(core, plan)?;
-    if gate.rights().kind() == system_type::TASK_GATE {
+    if gate.kind == GateKind::Task {
         return task::switch(
             core,
             TaskSwitch::Event {
@@ -315,13 +305,12 @@ fn deliver_protected<E: Environment>(core: &mut Core<'_, E>, plan: &Plan) -> Res
                 flags: plan.flags,
                 ext: plan.ext,
             },
-            gate.gate_selector(),
+            gate.selector.0,
         );
     }
-    let (code, level) = handler_segment(core, plan, gate.gate_selector())?;
-    let wide = gate.rights().kind() & 8 != 0;
-    let size = if wide { 4 } else { 2 };
-    let rip = gate.gate_offset() & if wide { 0xffff_ffff } else { 0xffff };
+    let (code, level) = handler_segment(core, plan, gate.selector.0)?;
+    let size = gate.kind.bits() as usize / 8;
+    let rip = gate.offset;
     if rip > u64::from(code.limit()) {
         return Err(Exception::general_protection(plan.ext).into());
     }
@@ -378,15 +367,14 @@ fn deliver_protected<E: Environment>(core: &mut Core<'_, E>, plan: &Plan) -> Res
 /// Long mode (SDM vol. 3, 6.14).
 fn deliver_long<E: Environment>(core: &mut Core<'_, E>, plan: &Plan) -> Result<(), Fault> {
     let gate = gate(core, plan)?;
-    let (code, level) = handler_segment(core, plan, gate.gate_selector())?;
-    let rip = gate.gate_offset();
+    let (code, level) = handler_segment(core, plan, gate.selector.0)?;
+    let rip = gate.offset;
     if !CpuState::is_canonical(rip) {
         return Err(Exception::general_protection(plan.ext).into());
     }
-    let ist = (gate.raw >> 32 & 7) as u8;
     let inner = level != core.cpu.cpl();
-    let top = if ist != 0 {
-        transfer::stack::interrupt_stack(core, ist, plan.ext)?
+    let top = if gate.ist != 0 {
+        transfer::stack::interrupt_stack(core, gate.ist, plan.ext)?
     } else if inner {
         transfer::stack::inner_pointer(core, level, plan.ext)?
     } else {

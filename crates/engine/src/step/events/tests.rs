@@ -456,3 +456,103 @@ fn a_sixteen_bit_stack_wraps_even_in_a_large_segment() {
     assert_eq!(rig.rsp(), 0xab_fff8);
     assert_eq!((rig.read32(0xfff8), rig.read32(0)), (CODE as u32, 2));
 }
+
+#[test]
+fn a_return_that_faults_unblocks_nmis_but_not_one_that_restarts() {
+    let mut rig = Rig::long();
+    rig.cpu.nmi_blocked = true;
+    rig.cpu.rflags |= rflags::NT;
+    assert_eq!(rig.run(IRETQ), raises(Exception::general_protection(0)));
+    assert!(!rig.cpu.nmi_blocked);
+
+    let mut rig = Rig::long();
+    rig.cpu.nmi_blocked = true;
+    rig.frame(
+        8,
+        &[u64::from(KERNEL_SS), STACK, 2, u64::from(KERNEL_CS), CODE],
+    );
+    rig.env.sensed.insert(GDT);
+    rig.env.restarts = 1;
+    assert_eq!(rig.run(IRETQ), Err(Fault::Restart));
+    assert!(rig.cpu.nmi_blocked);
+    assert_eq!(rig.run(IRETQ), Ok(Flow::Jump));
+    assert!(!rig.cpu.nmi_blocked);
+}
+
+#[test]
+fn a_task_gate_leads_to_a_task_with_a_16_bit_tss_and_back() {
+    let mut rig = Rig::protected();
+    let new = TSS + 0x100;
+    rig.write64(GDT + u64::from(SECOND_TSS), system(new, 0x2b, 0x81));
+    // Upper halves of registers are not zero in such a task: its stack needs a 16-bit segment.
+    rig.write64(GDT + u64::from(NOT_PRESENT), 0x0000_9300_0000_ffff);
+    rig.write16(new + 0x0e, 0x6000);
+    rig.write16(new + 0x10, 2);
+    rig.write16(new + 0x12, 0x1357);
+    rig.write16(new + 0x12 + 8, 0x8000);
+    for (n, s) in [USER_SS, KERNEL_CS, NOT_PRESENT, 0].into_iter().enumerate() {
+        rig.write16(new + 0x22 + 2 * n as u64, s);
+    }
+    rig.write64(IDT + 8 * 8, gate(SECOND_TSS, 0, 0x85));
+    let cr3 = rig.cpu.cr3;
+    let e = Exception {
+        vector: Vector::DoubleFault,
+        error: Some(0),
+        cr2: None,
+        dr6: 0,
+    };
+    assert_eq!(rig.raise(Event::Exception(e)), Ok(Delivered::Handler));
+    // The error code is as wide as the task.
+    assert_eq!(
+        (rig.cpu.tr.selector, rig.cpu.rip, rig.rsp() & 0xffff),
+        (SECOND_TSS, 0x6000, 0x7ffe)
+    );
+    assert_eq!(rig.cpu.gpr(Gpr::Rax), 0xffff_1357);
+    assert_eq!(rig.cpu.seg[SegmentRegister::Fs as usize].selector, 0);
+    assert_eq!((rig.read16(new), rig.cpu.cr3), (TSS_SELECTOR, cr3));
+    assert_eq!(rig.read64(GDT + u64::from(SECOND_TSS)) >> 40 & 0xf, 3);
+    rig.cpu.set_gpr(Gpr::Rbx, 0x1_2345);
+    assert_eq!(rig.run(IRETD), Ok(Flow::Jump));
+    assert_eq!((rig.cpu.tr.selector, rig.cpu.rip), (TSS_SELECTOR, CODE));
+    assert_eq!(rig.read16(new + 0x12 + 6), 0x2345);
+    assert_eq!(rig.read64(GDT + u64::from(SECOND_TSS)) >> 40 & 0xf, 1);
+    assert_eq!(rig.cs(), KERNEL_CS);
+}
+
+#[test]
+fn a_16_bit_tss_that_is_too_short_is_refused() {
+    let mut rig = Rig::protected();
+    rig.write64(GDT + u64::from(SECOND_TSS), system(TSS, 0x2a, 0x81));
+    // ljmp SECOND_TSS:0
+    let [low, high] = SECOND_TSS.to_le_bytes();
+    let jump = [0xea, 0, 0, 0, 0, low, high];
+    assert_eq!(
+        rig.run(&jump),
+        raises(Exception::invalid_tss(u32::from(SECOND_TSS)))
+    );
+}
+
+#[test]
+fn an_entered_task_does_not_start_again() {
+    let mut rig = Rig::protected();
+    let new = TSS + 0x100;
+    rig.write32(new + 0x20, 0x6000);
+    rig.write32(new + 0x24, 2);
+    rig.write32(new + 0x28 + 16, 0x1_8000);
+    for (n, s) in [USER_SS, KERNEL_CS, KERNEL_SS].into_iter().enumerate() {
+        rig.write32(new + 0x48 + 4 * n as u64, u32::from(s));
+    }
+    // The error code's push has to wait once, when everything else is done.
+    rig.env.sensed.insert(0x1_7000);
+    rig.env.restarts = 1;
+    rig.write64(IDT + 8 * 8, gate(SECOND_TSS, 0, 0x85));
+    let e = Exception {
+        vector: Vector::DoubleFault,
+        error: Some(0),
+        cr2: None,
+        dr6: 0,
+    };
+    assert_eq!(rig.raise(Event::Exception(e)), Ok(Delivered::Handler));
+    assert_eq!((rig.cpu.rip, rig.rsp()), (0x6000, 0x1_7ffc));
+    assert_eq!(rig.env.restarts, 0);
+}

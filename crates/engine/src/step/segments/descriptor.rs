@@ -1,10 +1,12 @@
 //! Descriptors in the guest's tables: reading them, marking them used (SDM vol. 3, 3.4.5, 3.5).
 
+use trapline_x86::control::dr7;
 use trapline_x86::segment::Rights;
 use trapline_x86::{Exception, Segment};
 
 use crate::access::{Core, Fault};
 use crate::env::Environment;
+use crate::system_item::{Decoded, SystemItem};
 use crate::tlb::Privilege;
 
 /// System descriptor types (SDM vol. 3, table 3-2).
@@ -14,14 +16,13 @@ pub mod system_type {
     pub const TSS16_BUSY: u8 = 3;
     pub const CALL_GATE16: u8 = 4;
     pub const TASK_GATE: u8 = 5;
-    pub const INTERRUPT_GATE16: u8 = 6;
-    pub const TRAP_GATE16: u8 = 7;
     pub const TSS_AVAILABLE: u8 = 9;
     pub const TSS_BUSY: u8 = 11;
     pub const CALL_GATE: u8 = 12;
-    pub const INTERRUPT_GATE: u8 = 14;
-    pub const TRAP_GATE: u8 = 15;
 }
+
+/// The bit of a TSS descriptor's type that says that the task runs or is nested in.
+pub const BUSY: u32 = 2;
 
 /// The part of a selector that goes into an error code: index and table.
 pub const fn selector_error(selector: u16) -> u32 {
@@ -42,23 +43,20 @@ pub struct Descriptor {
     pub high: u64,
     /// The descriptor's linear address.
     pub linear: u64,
+    /// What a segment register holds after loading it.
+    segment: Segment,
 }
 
 impl Descriptor {
     pub const fn rights(&self) -> Rights {
-        Rights((self.raw >> 40) as u32 & 0xf0ff)
+        self.segment.rights
     }
     pub const fn base(&self) -> u64 {
-        (self.raw >> 16 & 0xff_ffff) | (self.raw >> 32 & 0xff00_0000) | self.high << 32
+        self.segment.base
     }
     /// The last valid offset, granularity applied.
     pub const fn limit(&self) -> u32 {
-        let limit = (self.raw & 0xffff) as u32 | (self.raw >> 32) as u32 & 0xf_0000;
-        if self.rights().has(Rights::G) {
-            limit << 12 | 0xfff
-        } else {
-            limit
-        }
+        self.segment.limit
     }
     pub const fn is_system(&self) -> bool {
         !self.rights().has(Rights::S)
@@ -74,12 +72,7 @@ impl Descriptor {
     }
     /// The segment register's content after loading this descriptor.
     pub const fn segment(&self) -> Segment {
-        Segment {
-            base: self.base(),
-            limit: self.limit(),
-            rights: self.rights(),
-            selector: self.selector,
-        }
+        self.segment
     }
     /// A gate's target selector.
     pub const fn gate_selector(&self) -> u16 {
@@ -117,20 +110,64 @@ pub fn lookup<E: Environment>(
     let Some(linear) = descriptor_address(core, selector, 8) else {
         return Ok(None);
     };
-    let raw = core.read::<8>(linear, Privilege::Supervisor)?;
-    let mut found = Descriptor {
-        selector,
-        raw,
-        high: 0,
-        linear,
-    };
+    let found = read_descriptor(core, selector, linear, SystemItem::Segment)?;
     if core.cpu.long_mode() && found.is_system() && found.rights().kind() != 0 {
         if descriptor_address(core, selector, 16).is_none() {
             return Ok(None);
         }
-        found.high = core.read::<8>(linear.wrapping_add(8), Privilege::Supervisor)?;
+        return read_descriptor(core, selector, linear, SystemItem::WideSegment).map(Some);
     }
     Ok(Some(found))
+}
+
+fn read_descriptor<E: Environment>(
+    core: &mut Core<'_, E>,
+    selector: u16,
+    linear: u64,
+    item: SystemItem,
+) -> Result<Descriptor, Fault> {
+    let (raw, high, segment) = match read_item(core, linear, item)? {
+        Decoded::Segment { raw, high, segment } => (raw, high, segment),
+        Decoded::Gate(_) | Decoded::Stack(_) => (0, 0, Segment::null(0)),
+    };
+    let segment = Segment {
+        selector,
+        ..segment
+    };
+    Ok(Descriptor {
+        selector,
+        raw,
+        high,
+        linear,
+        segment,
+    })
+}
+
+/// Reads an item of a descriptor table or a task-state segment, from the environment's shadow if it
+/// keeps one.
+///
+/// # Errors
+/// Page faults, restart.
+pub fn read_item<E: Environment>(
+    core: &mut Core<'_, E>,
+    linear: u64,
+    item: SystemItem,
+) -> Result<Decoded, Fault> {
+    let linear = core.wrap(linear);
+    // Reads of a shadow would not meet the data breakpoints.
+    if core.cpu.dr7 & dr7::ENABLES == 0
+        && let Some(decoded) = core.env.shadowed(core.cpu, core.tlb, linear, item)?
+    {
+        return Ok(decoded);
+    }
+    let bytes = item.bytes();
+    let low = core.read_sized(linear, bytes.min(8), Privilege::Supervisor)?;
+    let high = if bytes > 8 {
+        core.read::<8>(linear.wrapping_add(8), Privilege::Supervisor)?
+    } else {
+        0
+    };
+    Ok(item.decode(low, high))
 }
 
 /// Reads a descriptor that must lie within its table.
@@ -163,15 +200,16 @@ pub fn mark_accessed<E: Environment>(
     write_type(core, descriptor, descriptor.rights().0 | Rights::ACCESSED)
 }
 
-/// Replaces the byte with type, S, DPL and P of a descriptor in memory.
+/// Replaces the byte with type, S, DPL and P of a descriptor in memory by a locked access, as
+/// processors do (SDM vol. 3, 8.1.2.1).
 ///
 /// # Errors
-/// Page faults, restart.
+/// Page faults; restart, also when the descriptor has changed since it was read.
 pub fn write_type<E: Environment>(
     core: &mut Core<'_, E>,
     descriptor: &Descriptor,
     rights: u32,
 ) -> Result<(), Fault> {
     let byte = descriptor.linear.wrapping_add(5);
-    core.write::<1>(byte, u64::from(rights & 0xff), Privilege::Supervisor)
+    core.exchange_byte(byte, (descriptor.raw >> 40) as u8, rights as u8)
 }

@@ -109,10 +109,9 @@ pub fn task_register<E: Environment>(
         &[system_type::TSS_AVAILABLE, system_type::TSS16_AVAILABLE]
     };
     let found = system_descriptor(core, selector, kinds)?;
-    // Bit 1 of the type is the busy bit.
-    descriptors::write_type(core, &found, found.rights().0 | 2)?;
+    descriptors::write_type(core, &found, found.rights().0 | descriptors::BUSY)?;
     let mut segment = found.segment();
-    segment.rights.0 |= 2;
+    segment.rights.0 |= descriptors::BUSY;
     Ok(segment)
 }
 

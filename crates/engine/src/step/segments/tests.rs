@@ -369,3 +369,25 @@ fn a_stack_that_ends_faults_without_effect() {
     let call = [0x9a, 0x34, 0x12, 0, 0, 8, 0];
     assert_eq!(rig.run(&call), raises(Exception::stack_fault(0)));
 }
+
+#[test]
+fn the_accessed_bit_is_not_put_into_another_descriptor() {
+    let mut rig = Rig::long();
+    let at = GDT + u64::from(NOT_PRESENT) + 5;
+    let byte = |rig: &Rig| rig.env.ram[at as usize];
+    let old = byte(&rig);
+    assert_eq!(
+        rig.core().exchange_byte(at, old ^ 0x80, 0xff),
+        Err(crate::access::Fault::Restart)
+    );
+    assert_eq!(byte(&rig), old);
+    assert_eq!(rig.core().exchange_byte(at, old, 0x93), Ok(()));
+    assert_eq!(byte(&rig), 0x93);
+    // To a page with traces it goes as a write that they see.
+    rig.env.sensed.insert(GDT);
+    rig.env.restarts = 1;
+    assert!(rig.core().exchange_byte(at, 0x93, 0x92).is_err());
+    assert_eq!(byte(&rig), 0x93);
+    assert_eq!(rig.core().exchange_byte(at, 0x93, 0x92), Ok(()));
+    assert_eq!(byte(&rig), 0x92);
+}

@@ -149,7 +149,7 @@ fn through_gate<E: Environment>(
     use system_type::*;
     let known = match kind {
         CALL_GATE => true,
-        CALL_GATE16 | TASK_GATE | TSS_AVAILABLE => !long,
+        CALL_GATE16 | TASK_GATE | TSS_AVAILABLE | TSS16_AVAILABLE => !long,
         _ => false,
     };
     // The second half of a 16-byte gate has a type of zero.
@@ -158,11 +158,12 @@ fn through_gate<E: Environment>(
     if !known || malformed || gate.dpl() < lowest {
         return Err(Exception::general_protection(error).into());
     }
-    if kind != TSS_AVAILABLE && !gate.is_present() {
+    let is_task = matches!(kind, TSS_AVAILABLE | TSS16_AVAILABLE) && !long;
+    if !is_task && !gate.is_present() {
         return Err(Exception::segment_not_present(error).into());
     }
     match kind {
-        TSS_AVAILABLE => task(core, transfer, transfer.selector),
+        TSS_AVAILABLE | TSS16_AVAILABLE => task(core, transfer, transfer.selector),
         TASK_GATE => task(core, transfer, gate.gate_selector()),
         _ => call_gate(core, transfer, gate),
     }

@@ -6,7 +6,7 @@ use trapline_x86::{CpuState, Exception, Segment};
 use crate::access::{Core, Fault};
 use crate::env::Environment;
 use crate::step::segments::descriptor::{self as descriptors, selector_error, system_type};
-use crate::tlb::Privilege;
+use crate::system_item::{Decoded, SystemItem};
 
 /// Offset of RSP0 in a 64-bit TSS.
 const RSP0: u64 = 4;
@@ -26,14 +26,18 @@ pub fn null_stack_segment(level: u8) -> Segment {
 fn read_tss<E: Environment>(
     core: &mut Core<'_, E>,
     offset: u64,
-    size: usize,
+    size: u8,
     ext: u32,
 ) -> Result<u64, Fault> {
     let tr = core.cpu.tr;
-    if tr.rights.is_unusable() || offset + size as u64 - 1 > u64::from(tr.limit) {
+    if tr.rights.is_unusable() || offset + u64::from(size) - 1 > u64::from(tr.limit) {
         return Err(Exception::invalid_tss(selector_error(tr.selector) | ext).into());
     }
-    core.read_sized(tr.base.wrapping_add(offset), size, Privilege::Supervisor)
+    let item = SystemItem::Stack(size);
+    match descriptors::read_item(core, tr.base.wrapping_add(offset), item)? {
+        Decoded::Stack(value) => Ok(value),
+        Decoded::Segment { .. } | Decoded::Gate(_) => Ok(0),
+    }
 }
 
 fn canonical(pointer: u64, ext: u32) -> Result<u64, Fault> {
@@ -92,7 +96,7 @@ pub fn inner_stack<E: Environment>(
         (2, 2 + 4 * u64::from(level))
     };
     // The selector's end is the last byte that must lie within the limit.
-    let selector = read_tss(core, at + size as u64, 2, ext)? as u16;
+    let selector = read_tss(core, at + u64::from(size), 2, ext)? as u16;
     let pointer = read_tss(core, at, size, ext)?;
     if descriptors::is_null(selector) {
         return Err(Exception::invalid_tss(ext).into());

@@ -1,8 +1,7 @@
-//! Task switches through a 32-bit TSS (SDM vol. 3, 7.3).
-//!
-//! Long mode has none. A 16-bit TSS cannot be switched to: #GP with its selector.
+//! Task switches (SDM vol. 3, 7.3). Long mode has none.
 
 use trapline_x86::control::{cr0, rflags};
+use trapline_x86::descriptor::tss::{tss16, tss32};
 use trapline_x86::segment::Rights;
 use trapline_x86::{CpuState, Exception, Mode, Segment, SegmentRegister};
 
@@ -15,16 +14,90 @@ use crate::step::stack::access::Stack;
 use crate::step::transfer::far_return::virtual_segment;
 use crate::tlb::Privilege;
 
-/// Offsets within a 32-bit TSS (SDM vol. 3, figure 7-2).
-mod tss {
-    pub const CR3: usize = 0x1c;
-    pub const EIP: usize = 0x20;
-    pub const EFLAGS: usize = 0x24;
-    pub const EAX: usize = 0x28;
-    pub const ES: usize = 0x48;
-    pub const LDT: usize = 0x60;
-    pub const TRAP: usize = 0x64;
-    pub const BYTES: usize = 0x68;
+/// The largest part of a TSS that a switch reads.
+const LARGEST: usize = tss32::MINIMUM_LIMIT as usize + 1;
+
+/// Where a TSS keeps the registers: offsets in bytes.
+struct Layout {
+    /// Bytes of a register and from one selector to the next.
+    size: usize,
+    minimum_limit: u32,
+    cr3: Option<u64>,
+    ip: u64,
+    flags: u64,
+    /// The first of eight.
+    ax: u64,
+    /// The first selector: ES, CS, SS, DS and, in a 32-bit one, FS and GS.
+    es: u64,
+    segments: usize,
+    ldt: u64,
+    trap: Option<u64>,
+}
+
+const WIDE: Layout = Layout {
+    size: 4,
+    minimum_limit: tss32::MINIMUM_LIMIT,
+    cr3: Some(tss32::CR3),
+    ip: tss32::EIP,
+    flags: tss32::EFLAGS,
+    ax: tss32::EAX,
+    es: tss32::ES,
+    segments: 6,
+    ldt: tss32::LDT,
+    trap: Some(tss32::TRAP),
+};
+
+const NARROW: Layout = Layout {
+    size: 2,
+    minimum_limit: tss16::MINIMUM_LIMIT,
+    cr3: None,
+    ip: tss16::IP,
+    flags: tss16::FLAGS,
+    ax: tss16::AX,
+    es: tss16::ES,
+    segments: 4,
+    ldt: tss16::LDT,
+    trap: None,
+};
+
+impl Layout {
+    /// That of a TSS descriptor's type, busy or not.
+    fn of(kind: u8) -> Option<&'static Self> {
+        match kind {
+            system_type::TSS_AVAILABLE | system_type::TSS_BUSY => Some(&WIDE),
+            system_type::TSS16_AVAILABLE | system_type::TSS16_BUSY => Some(&NARROW),
+            _ => None,
+        }
+    }
+}
+
+/// What a switch reads of the incoming task's TSS.
+struct Image {
+    bytes: [u8; LARGEST],
+    layout: &'static Layout,
+}
+
+impl Image {
+    fn field(&self, at: u64, size: usize) -> u64 {
+        let at = at as usize;
+        let mut value = [0; 8];
+        value[..size].copy_from_slice(&self.bytes[at..at + size]);
+        u64::from_le_bytes(value)
+    }
+
+    fn register(&self, at: u64) -> u64 {
+        self.field(at, self.layout.size)
+    }
+
+    /// The selector of segment register `n`, null where the TSS has none.
+    fn selector(&self, n: usize) -> u16 {
+        let l = self.layout;
+        if n < l.segments {
+            self.field(l.es + (n * l.size) as u64, 2) as u16
+        } else {
+            0
+        }
+    }
 }
 
 /// What switches tasks.
@@ -53,6 +126,7 @@ impl TaskSwitch {
     fn nests(self) -> bool {
         matches!(self, Self::Call { .. } | Self::Event { .. })
     }
+
     fn ext(self) -> u32 {
         if let Self::Event { ext, .. } = self {
             ext
@@ -94,31 +168,34 @@ pub fn switch<E: Environment>(
         return Err(invalid(error).into());
     }
     let target = descriptors::fetch(core, selector, invalid, ext)?;
-    let wanted = if returns {
-        system_type::TSS_BUSY
-    } else {
-        system_type::TSS_AVAILABLE
+    let kind = target.rights().kind();
+    let is_busy = kind & descriptors::BUSY as u8 != 0;
+    let layout = match Layout::of(kind) {
+        Some(layout) if target.is_system() && is_busy == returns => layout,
+        _ => return Err(invalid(error).into()),
     };
-    if !target.is_system() || target.rights().kind() != wanted {
-        return Err(invalid(error).into());
-    }
     if !target.is_present() {
         return Err(Exception::segment_not_present(error).into());
     }
-    if (target.limit() as usize) < tss::BYTES - 1 {
+    if target.limit() < layout.minimum_limit {
         return Err(Exception::invalid_tss(error).into());
     }
     let old = core.cpu.tr;
-    if old.rights.kind() & !2 != system_type::TSS_AVAILABLE
-        || (old.limit as usize) < tss::BYTES - 1
-        || core.cpu.long_mode()
-    {
-        return Err(Exception::invalid_tss(selector_error(old.selector) | ext).into());
-    }
-    let mut image = [0; tss::BYTES];
-    core.read_bytes(target.base(), &mut image, Privilege::Supervisor)?;
-
-    save(core, &old, reason)?;
+    let old_layout = match Layout::of(old.rights.kind()) {
+        Some(layout) if old.limit >= layout.minimum_limit && !core.cpu.long_mode() => layout,
+        _ => return Err(Exception::invalid_tss(selector_error(old.selector) | ext).into()),
+    };
+    let mut image = Image {
+        bytes: [0; LARGEST],
+        layout,
+    };
+    let used = layout.minimum_limit as usize + 1;
+    core.read_bytes(
+        target.base(),
+        &mut image.bytes[..used],
+        Privilege::Supervisor,
+    )?;
+    save(core, &old, old_layout, reason)?;
     if reason.nests() {
         core.write::<2>(
             target.base(),
@@ -126,18 +203,28 @@ pub fn switch<E: Environment>(
             Privilege::Supervisor,
         )?;
     } else {
-        set_busy(core, old.selector, false)?;
+        clear_busy(core, old.selector)?;
     }
     if !returns {
-        descriptors::write_type(core, &target, target.rights().0 | 2)?;
+        descriptors::write_type(core, &target, target.rights().0 | descriptors::BUSY)?;
     }
-    load(core, &target, &image, reason)
+    enter(core, &target, &image, reason);
+    let entered = core.cpu.clone();
+    loop {
+        // Memory says that the task has been entered: from here on nothing may start again from
+        // the beginning.
+        match load(core, &image, reason) {
+            Err(Fault::Restart) => *core.cpu = entered.clone(),
+            done => return done,
+        }
+    }
 }
 
 /// Writes the outgoing task's registers to its TSS.
 fn save<E: Environment>(
     core: &mut Core<'_, E>,
     tr: &Segment,
+    layout: &Layout,
     reason: TaskSwitch,
 ) -> Result<(), Fault> {
     let cpu = &core.cpu;
@@ -155,89 +242,87 @@ fn save<E: Environment>(
             rip
         }
     };
-    let mut bytes = [0; tss::LDT - tss::EIP];
-    let mut put = |at: usize, value: u64| {
-        bytes[at - tss::EIP..][..4].copy_from_slice(&(value as u32).to_le_bytes());
+    let mut bytes = [0; LARGEST];
+    let mut put = |at: u64, value: u64| {
+        bytes[at as usize..][..layout.size].copy_from_slice(&value.to_le_bytes()[..layout.size]);
     };
-    put(tss::EIP, rip);
-    put(tss::EFLAGS, flags);
-    for n in 0..8 {
-        put(tss::EAX + 4 * n, cpu.gpr[n]);
+    put(layout.ip, rip);
+    put(layout.flags, flags);
+    let step = layout.size as u64;
+    for (n, value) in (0..8).zip(cpu.gpr) {
+        put(layout.ax + step * n, value);
     }
-    for n in 0..6 {
-        put(tss::ES + 4 * n, u64::from(cpu.seg[n].selector));
+    for (n, segment) in (0..).zip(&cpu.seg[..layout.segments]) {
+        put(layout.es + step * n, u64::from(segment.selector));
     }
+    let saved = layout.ip as usize..layout.es as usize + layout.segments * layout.size;
     core.write_bytes(
-        tr.base.wrapping_add(tss::EIP as u64),
-        &bytes,
+        tr.base.wrapping_add(layout.ip),
+        &bytes[saved],
         Privilege::Supervisor,
     )
 }
 
-fn set_busy<E: Environment>(
-    core: &mut Core<'_, E>,
-    selector: u16,
-    busy: bool,
-) -> Result<(), Fault> {
-    let Some(found) = descriptors::lookup(core, selector)? else {
-        return Ok(());
-    };
-    let rights = if busy {
-        found.rights().0 | 2
-    } else {
-        found.rights().0 & !2
-    };
-    descriptors::write_type(core, &found, rights)
+fn clear_busy<E: Environment>(core: &mut Core<'_, E>, selector: u16) -> Result<(), Fault> {
+    match descriptors::lookup(core, selector)? {
+        Some(found) => descriptors::write_type(core, &found, found.rights().0 & !descriptors::BUSY),
+        None => Ok(()),
+    }
 }
 
-/// Loads the incoming task's registers. From here on errors belong to the new task.
-fn load<E: Environment>(
+/// Loads what of the incoming task's registers can be loaded without a check.
+fn enter<E: Environment>(
     core: &mut Core<'_, E>,
     target: &Descriptor,
-    image: &[u8; tss::BYTES],
+    image: &Image,
     reason: TaskSwitch,
-) -> Result<(), Fault> {
-    let get = |at: usize| {
-        u64::from(u32::from_le_bytes([
-            image[at],
-            image[at + 1],
-            image[at + 2],
-            image[at + 3],
-        ]))
-    };
+) {
+    let layout = image.layout;
     let cpu = &mut *core.cpu;
     let mut tr = target.segment();
-    tr.rights.0 |= 2;
+    tr.rights.0 |= descriptors::BUSY;
     cpu.tr = tr;
     cpu.cr0 |= cr0::TS;
-    let new_cr3 = get(tss::CR3);
-    if cpu.paging() && cpu.cr3 != new_cr3 {
+    if let Some(new_cr3) = layout.cr3.map(|at| image.register(at))
+        && cpu.paging()
+        && cpu.cr3 != new_cr3
+    {
         cpu.cr3 = new_cr3;
         core.env.before_flush(core.tlb);
         core.tlb.flush_non_global();
     }
     let cpu = &mut *core.cpu;
-    cpu.rip = get(tss::EIP);
-    let flags = get(tss::EFLAGS) & 0x003f_7fd7 | rflags::ONE;
+    cpu.rip = image.register(layout.ip);
+    let flags = image.register(layout.flags) & 0x003f_7fd7 | rflags::ONE;
     cpu.rflags = flags | if reason.nests() { rflags::NT } else { 0 };
-    for n in 0..8 {
-        cpu.gpr[n] = get(tss::EAX + 4 * n);
+    // The upper halves of registers that a 16-bit TSS does not hold: all ones, as processors do.
+    let above = if layout.size == 2 { 0xffff_0000 } else { 0 };
+    for (n, register) in (0..8).zip(&mut cpu.gpr[..8]) {
+        *register = above | image.register(layout.ax + n * layout.size as u64);
     }
-    let selector = |n: usize| get(tss::ES + 4 * n) as u16;
-    for n in 0..6 {
-        cpu.seg[n] = Segment::null(selector(n));
+    for (n, segment) in cpu.seg.iter_mut().enumerate() {
+        *segment = Segment::null(image.selector(n));
     }
-    cpu.ldtr = Segment::null(get(tss::LDT) as u16);
+    cpu.ldtr = Segment::null(image.field(layout.ldt, 2) as u16);
     // The local breakpoints are the old task's.
     cpu.dr7 &= !0x55;
     if cpu.rflags & rflags::VM != 0 {
-        for n in 0..6 {
-            cpu.seg[n] = virtual_segment(selector(n));
+        for (n, segment) in cpu.seg.iter_mut().enumerate() {
+            *segment = virtual_segment(image.selector(n));
         }
         cpu.cpl = 3;
     } else {
-        cpu.cpl = selector(SegmentRegister::Cs as usize) as u8 & 3;
+        cpu.cpl = image.selector(SegmentRegister::Cs as usize) as u8 & 3;
     }
+}
+
+/// Loads the incoming task's segments and pushes the event's error code. Errors belong to the new
+/// task.
+fn load<E: Environment>(
+    core: &mut Core<'_, E>,
+    image: &Image,
+    reason: TaskSwitch,
+) -> Result<(), Fault> {
     load_ldt(core)?;
     if core.cpu.mode() != Mode::Virtual8086 {
         load_segments(core)?;
@@ -250,10 +335,14 @@ fn load<E: Environment>(
     } = reason
     {
         let mut stack = Stack::current(core.cpu);
-        stack.push_all(core, 4, &[u64::from(error)])?;
+        stack.push_all(core, image.layout.size, &[u64::from(error)])?;
         stack.commit_pointer(core.cpu);
     }
-    if image[tss::TRAP] & 1 != 0 {
+    if image
+        .layout
+        .trap
+        .is_some_and(|at| image.field(at, 1) & 1 != 0)
+    {
         return Err(Exception::debug(trapline_x86::control::dr6::BT).into());
     }
     Ok(())
