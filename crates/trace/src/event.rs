@@ -198,6 +198,7 @@ impl TraceSystem {
             waited += self.waited(events, Semantics::PostWriteSync, start, late);
             awaited = awaited.union(late);
         }
+        let span = self.observing.since(start);
         for event in events {
             if matches!(
                 event.semantics,
@@ -207,14 +208,15 @@ impl TraceSystem {
                 self.counters
                     .acknowledged(event.kind, event.semantics, count);
             }
-            self.observing.record(actor, start, |span| Record::Acted {
+            let acted = |span| Record::Acted {
                 span,
                 notification: event.notification(actor),
                 sense: event.sense,
                 consumers: event.consumers,
                 awaited,
                 waited,
-            });
+            };
+            self.observing.record_within(actor, span, acted);
         }
     }
 

@@ -121,12 +121,29 @@ impl Observing {
         self.0.as_ref().map_or(0, |observer| observer.now())
     }
 
+    /// The time since `start`, if someone observes.
+    #[inline]
+    pub fn since(&self, start: u64) -> Option<Span> {
+        let end = self.0.as_ref()?.now().max(start);
+        Some(Span { start, end })
+    }
+
     /// Hands over the record that `record` makes of the time since `start`, if someone observes.
     #[inline]
     pub fn record(&self, place: impl Into<Place>, start: u64, record: impl FnOnce(Span) -> Record) {
-        if let Some(observer) = &self.0 {
-            let end = observer.now().max(start);
-            observer.record(place.into(), &record(Span { start, end }));
+        self.record_within(place, self.since(start), record);
+    }
+
+    /// Hands over the record that `record` makes of a time from [`Self::since`].
+    #[inline]
+    pub fn record_within(
+        &self,
+        place: impl Into<Place>,
+        span: Option<Span>,
+        record: impl FnOnce(Span) -> Record,
+    ) {
+        if let (Some(observer), Some(span)) = (&self.0, span) {
+            observer.record(place.into(), &record(span));
         }
     }
 

@@ -179,6 +179,34 @@ fn a_running_consumer_is_seen_to_stall() {
 }
 
 #[test]
+fn an_access_to_two_regions_has_two_events_at_one_time() {
+    let (log, trace) = observed();
+    trace_code(&trace, A);
+    trace
+        .establish(
+            Some(B),
+            VcpuSet::one(B),
+            Range::new(0x1012, 0x1020),
+            Kind::Code,
+            Sense::WRITE,
+            0,
+            &mut |_| {},
+        )
+        .unwrap();
+    log.take();
+    write(&trace, Actor::Device);
+    let records = log.take();
+    let [
+        (Place::Device, Record::Acted { span: one, .. }),
+        (Place::Device, Record::Acted { span: two, .. }),
+    ] = records.as_slice()
+    else {
+        panic!("{records:#?}");
+    };
+    assert_eq!(one, two);
+}
+
+#[test]
 fn a_device_register_has_an_actor_and_no_consumers() {
     let (log, trace) = observed();
     trace
