@@ -341,6 +341,8 @@ fn accessed_and_dirty_bits_are_set_again() {
         assert_eq!(rig.memory.read_u64(4 * PAGE).unwrap() & (A | D), A | D);
         rig.vcpus[actor].store(4 * PAGE, page(7) | TABLE);
         flush(&mut rig, 0);
+        assert_eq!(read(&mut rig, 0), Ok(7 * PAGE));
+        assert_eq!(rig.memory.read_u64(4 * PAGE).unwrap() & (A | D), A);
     }
 }
 
@@ -490,12 +492,16 @@ enum Step {
 type Where = (u64, Privilege, Access);
 
 fn place() -> impl Strategy<Value = u64> {
-    (1u64..9, 0u64..8).prop_map(|(table, index)| table * PAGE + 8 * index)
+    (
+        prop_oneof![4 => 1u64..7, 1 => POINTERS + 1..POINTERS + 4],
+        0u64..2,
+    )
+        .prop_map(|(table, index)| table * PAGE + 8 * index)
 }
 
 fn entry() -> impl Strategy<Value = u64> {
     let flags = P | RW | US | A | D | G | XD;
-    let near = (1u64..15, any::<u64>(), any::<u64>()).prop_map(move |(table, some, rare)| {
+    let near = (1u64..12, any::<u64>(), any::<u64>()).prop_map(move |(table, some, rare)| {
         let strange = if rare.is_multiple_of(8) {
             rare & !(PAGE - 1)
         } else {
@@ -507,11 +513,14 @@ fn entry() -> impl Strategy<Value = u64> {
         // Narrow entries are two in one word.
         page(table) | flags & !XD | (some >> 24) & XD & some << 1 | strange | large
     });
-    let narrow = (1u64..15, 1u64..15, any::<u64>()).prop_map(move |(low, high, some)| {
+    let narrow = (1u64..15, 1u64..12, any::<u64>()).prop_map(move |(low, high, some)| {
         let flags = |some: u64| some & 0x167 | (some >> 12) & TABLE;
         (page(low) | flags(some)) | (page(high) | flags(some >> 32)) << 32
     });
-    prop_oneof![4 => near, 2 => narrow, 1 => Just(0)]
+    let pointer = (2u64..7).prop_map(|table| page(table) | P);
+    let good = (2u64..9, any::<bool>())
+        .prop_map(|(table, used)| page(table) | TABLE | if used { A | D } else { 0 });
+    prop_oneof![2 => near, 2 => narrow, 4 => good, 1 => pointer, 1 => Just(0)]
 }
 
 fn location() -> impl Strategy<Value = Where> {
@@ -523,9 +532,9 @@ fn location() -> impl Strategy<Value = Where> {
     let access = prop_oneof![Just(Access::Read), Just(Access::Write), Just(Access::Fetch)];
     (any::<[u8; 4]>(), any::<bool>(), privilege, access).prop_map(|(i, narrow, p, a)| {
         let linear = if narrow {
-            u64::from(i[0] & 15) << 22 | u64::from(i[1] & 15) << 12
+            u64::from(i[0] & 3) << 22 | u64::from(i[1] & 3) << 12
         } else {
-            i.iter().fold(0, |l, i| l << 9 | u64::from(i & 7)) << 12
+            i.iter().fold(0, |l, i| l << 9 | u64::from(i & 1)) << 12
         };
         (
             linear,
@@ -550,6 +559,32 @@ fn step() -> impl Strategy<Value = Step> {
         1 => (0usize..2, 1u64..4, any::<u64>(), many())
             .prop_map(|(vcpu, root, bits, at)| Step::Switch { vcpu, root, bits, at }),
     ]
+}
+
+/// Roots of PAE paging lie behind this page, where no entry leads: a walk sets accessed bits in what
+/// it uses as another table, and in its pointers that bit is reserved.
+const POINTERS: u64 = 11;
+
+/// Tables that lead on everywhere, so that few addresses are translated often.
+fn prefill(rig: &mut Rig, mode: u8) {
+    for table in (1..7).chain(POINTERS + 1..POINTERS + 4) {
+        for index in 0..2u64 {
+            // Pointers of PAE paging have no rights.
+            let flags = if table > POINTERS { P } else { TABLE };
+            let entry = page(2 + (2 * table + index) % 6) | flags;
+            let both = if mode == 2 {
+                entry | entry << 32
+            } else {
+                entry
+            };
+            rig.vcpus[0].store(page(table) + 8 * index, both);
+        }
+    }
+    if mode == 1 {
+        for vcpu in &mut rig.vcpus {
+            vcpu.cpu.cr3 = page(POINTERS + 1);
+        }
+    }
 }
 
 fn perform(rig: &mut Rig, step: Step) {
@@ -583,7 +618,8 @@ fn perform(rig: &mut Rig, step: Step) {
         Step::Page { vcpu, at } => {
             let v = &mut rig.vcpus[vcpu];
             v.surroundings.before_flush(&mut v.tlb);
-            v.tlb.flush_page(at.0);
+            let mask = if v.cpu.long_mode() { !0 } else { 0xffff_ffff };
+            v.tlb.flush_page(at.0 & mask);
             rig.check(vcpu, at.0, at.1, at.2);
         }
         Step::Switch {
@@ -593,7 +629,8 @@ fn perform(rig: &mut Rig, step: Step) {
             at,
         } => {
             let v = &mut rig.vcpus[vcpu];
-            v.cpu.cr3 = root * PAGE;
+            let pae = v.cpu.cr4 & cr4::PAE != 0 && !v.cpu.long_mode();
+            v.cpu.cr3 = page(root + if pae { POINTERS } else { 0 });
             v.cpu.cr4 ^= bits & (cr4::SMEP | cr4::SMAP | cr4::PGE);
             v.cpu.cr0 ^= bits & cr0::WP;
             v.cpu.efer ^= bits & efer::NXE;
@@ -620,6 +657,7 @@ proptest! {
     ) {
         let mut rig = Rig::new(&of_mode(mode));
         rig.trace.set_semantics(Kind::Mmu, Semantics::ALL[semantics]);
+        prefill(&mut rig, mode);
         for step in steps {
             perform(&mut rig, step);
         }
