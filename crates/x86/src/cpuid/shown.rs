@@ -43,7 +43,6 @@ pub(super) const OF_HOST: &[Feature] = &[
     Feature::CR8_LEGACY,
     Feature::ABM,
     Feature::SSE4A,
-    Feature::MISALIGNSSE,
     Feature::PREFETCHW,
     Feature::TOPOEXT,
     Feature::MMXEXT,
