@@ -96,10 +96,17 @@ const FIELD_BYTES: usize =
 const BYTES: usize = STACK_BYTES + FIELD_BYTES;
 
 /// What an empty slot holds: no address with this index gives an offset below 4096 when it is
-/// added. Fresh memory is right for all but the first.
+/// added, nor does one of the bytes behind that address that an access may cover. Fresh memory is
+/// right for all but the first slot and the last, whose addresses may be just below 2^64.
 pub const fn empty(slot: usize) -> u64 {
-    if slot == 0 { 4096 } else { 0 }
+    match slot {
+        0 => 4096,
+        LAST_SLOT => 8192,
+        _ => 0,
+    }
 }
+
+const LAST_SLOT: usize = SLOTS - 1;
 
 /// One VCPU's frame.
 pub struct Frame {
@@ -129,9 +136,11 @@ impl Default for Frame {
         let mut frame = Self { memory };
         for table in 0..TLB_TABLES {
             frame.set(tlb_pages(table), empty(0));
+            frame.set_slot(tlb_pages(table), LAST_SLOT, empty(LAST_SLOT));
         }
         for table in 0..JUMP_TABLES {
             frame.set(jump_targets(table), empty(0));
+            frame.set_slot(jump_targets(table), LAST_SLOT, empty(LAST_SLOT));
         }
         frame
     }
@@ -207,6 +216,9 @@ mod tests {
             0x1000,
             0xffff_ffff_ffff_ffff,
             0xffff_ffff_ffff_f000,
+            0xffff_ffff_ffff_fff9,
+            0xffff_ffff_ffff_ffc1,
+            0x0fff_ffff,
             0xffff_ffff_f000_0000,
             0x1000_0000,
             0x1000_1000,
@@ -215,6 +227,11 @@ mod tests {
             for table in 0..TLB_TABLES {
                 let offset = address.wrapping_add(frame.slot(tlb_pages(table), slot));
                 assert!(offset >= 4096, "{address:#x}");
+                // As the look-up without flags compares: the page of the last byte.
+                for size in [1u64, 2, 8, 64] {
+                    let last = offset.wrapping_add(size - 1);
+                    assert!(last >> 12 != 0, "{address:#x}, {size} bytes");
+                }
             }
         }
     }

@@ -46,6 +46,7 @@ impl Emitter<'_> {
             OpKind::Frame => i.code() == Code::Leaveq,
             OpKind::System => match i.mnemonic() {
                 Mnemonic::Cli => self.context.ring0,
+                Mnemonic::Vzeroupper => self.context.avx,
                 Mnemonic::Pushfq => i.code() == Code::Pushfq && self.bmi2,
                 m => is_prefetch(m),
             },
@@ -89,6 +90,10 @@ impl Emitter<'_> {
             OpKind::System => match op.instruction.mnemonic() {
                 Mnemonic::Cli => self.asm.store_immediate32(Mem::field(field::INTERRUPTS), 0),
                 Mnemonic::Pushfq => self.push_flags(),
+                Mnemonic::Vzeroupper => {
+                    self.ensure_vectors();
+                    self.asm.raw(&[0xc5, 0xf8, 0x77]);
+                }
                 _ => {}
             },
             OpKind::Frame if op.instruction.mnemonic() == Mnemonic::Leave => self.leave_frame(),
@@ -204,15 +209,15 @@ impl Emitter<'_> {
         let guest = usize::from(register.index);
         self.look_up(self.stack(0, false));
         let slot = Mem::base(ADDRESS, 0);
-        if guest != GUEST_RSP {
-            self.asm.lea(STACK, Mem::base(STACK, 8));
-        }
         match host(guest) {
             Some(host) => self.asm.load(host, slot),
             None => {
                 self.asm.load(INDEX, slot);
                 self.asm.store(home(guest), INDEX);
             }
+        }
+        if guest != GUEST_RSP {
+            self.asm.lea(STACK, Mem::base(STACK, 8));
         }
     }
 
@@ -224,7 +229,8 @@ impl Emitter<'_> {
             write: false,
             keep_flags,
         });
+        self.asm.load(INDEX, Mem::base(ADDRESS, 0));
         self.asm.lea(STACK, Mem::base(reg::RBP, 8));
-        self.asm.load(reg::RBP, Mem::base(ADDRESS, 0));
+        self.asm.mov(reg::RBP, INDEX);
     }
 }

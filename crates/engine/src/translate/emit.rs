@@ -233,10 +233,6 @@ impl Emitter<'_> {
     }
 
     fn plain_treatment(&mut self, op: &Op, form: Option<&Form>) -> Option<Treatment> {
-        let form = form?;
-        if form.x87 {
-            return None;
-        }
         if let (OpKind::LoadAddress(to), Some(flat)) = (op.kind, &op.flat)
             && flat.base == crate::decode::op::NO_REGISTER
             && flat.index == crate::decode::op::NO_REGISTER
@@ -245,6 +241,10 @@ impl Emitter<'_> {
             return (to.size == 8)
                 .then(|| Plan::constant(usize::from(to.index), flat.displacement))
                 .map(|plan| Treatment::Plain(Box::new(plan), None));
+        }
+        let form = form?;
+        if form.x87 {
+            return None;
         }
         let look = if form.memory {
             let flat: FlatAddress = op.flat?;
@@ -327,7 +327,7 @@ impl Emitter<'_> {
     }
 
     /// Loads the guest's vector registers unless they are there.
-    fn ensure_vectors(&mut self) {
+    pub(super) fn ensure_vectors(&mut self) {
         if self.vectors_here {
             return;
         }

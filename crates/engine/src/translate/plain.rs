@@ -60,7 +60,6 @@ impl Plan {
         }
         plan.count =
             fixed & bit(GUEST_RCX) != 0 || form.high_byte && form.gpr_used & bit(GUEST_RCX) != 0;
-        plan.count_written = plan.count && form.gpr_written & bit(GUEST_RCX) != 0;
 
         let mut pool = Vec::with_capacity(3);
         if !form.high_byte {
@@ -72,7 +71,7 @@ impl Plan {
                 pool.push(ADDRESS);
             }
         }
-        let mut changed = false;
+        let (mut changed, mut named) = (false, false);
         for n in 0..renamed.op_count() {
             if renamed.op_kind(n) != OpKind::Register {
                 continue;
@@ -83,8 +82,13 @@ impl Plan {
             }
             let to = plan.place(form, register, &mut pool)?;
             changed |= to != register;
+            named |= gpr_bit(register) == Some(bit(GUEST_RCX));
             renamed.set_op_register(n, to);
         }
+        // An operand that names RCX goes to the register that stands for it, unless it must not have
+        // a prefix; what an instruction does to RCX unasked happens to RCX.
+        plan.count_written =
+            plan.count && form.gpr_written & bit(GUEST_RCX) != 0 && (form.high_byte || !named);
         if form.memory {
             changed = true;
             let base = if form.high_byte {

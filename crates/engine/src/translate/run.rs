@@ -14,7 +14,7 @@ use trapline_x86::{CpuState, SegmentRegister};
 use super::stubs::exit;
 use crate::access::{Core, Fault};
 use crate::decode::Op;
-use crate::env::{Backing, Environment};
+use crate::env::Environment;
 use crate::frame::{Frame, field};
 use crate::step::Flow;
 use crate::step::run::{Turn, single_operation};
@@ -158,8 +158,12 @@ extern "sysv64" fn miss<E: Environment>(
         let translation = core
             .env
             .translate(core.cpu, core.tlb, linear, privilege, access);
-        if let Ok(translation) = translation
-            && matches!(translation.backing, Backing::Ram(_))
+        // Only what the TLB holds now will hit.
+        if translation.is_ok()
+            && core
+                .tlb
+                .host(linear, privilege, access == Access::Write)
+                .is_some()
         {
             return 0;
         }

@@ -190,15 +190,20 @@ fn runs_agree_with_single_instructions() {
 
 #[test]
 fn the_engine_agrees_with_the_processor() {
-    whole::compare(64);
+    whole::compare(64, false);
 }
 
 #[test]
 fn the_engine_agrees_in_32_bit_code() {
-    whole::compare(32);
+    whole::compare(32, false);
 }
 
 #[test]
 fn the_engine_agrees_in_16_bit_code() {
-    whole::compare(16);
+    whole::compare(16, false);
+}
+
+#[test]
+fn the_translator_agrees_with_the_processor() {
+    whole::compare(64, true);
 }

@@ -1,18 +1,20 @@
-//! The stepping engine around a few pages of memory.
+//! The stepping engine or the translator around a few pages of memory.
 
 #![allow(unsafe_code)]
 
 use std::arch::x86_64::__cpuid_count;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
+use std::sync::atomic::AtomicU32;
 
 use iced_x86::Mnemonic;
 use trapline_engine::access::{Core, Fault};
 use trapline_engine::decode::features::Features;
-use trapline_engine::decode::{DecodeEnd, OpKind, decode};
+use trapline_engine::decode::{Block, DecodeEnd, OpKind, decode};
 use trapline_engine::env::{Backing, Environment, MsrFault, Restart, Span, Translation};
 use trapline_engine::native::{NativeCode, ThunkError};
-use trapline_engine::step::run::{Turn, run};
+use trapline_engine::step::run::{Turn, run, run_one};
 use trapline_engine::tlb::{Access, Privilege, Tlb};
+use trapline_engine::translate::{self, BlockId, Context, Left, Site, Translator};
 use trapline_x86::control::{cr0, cr4, efer};
 use trapline_x86::exception::page_fault;
 use trapline_x86::segment::Rights;
@@ -171,10 +173,20 @@ pub struct Engine {
     cpu: CpuState,
     tlb: Tlb,
     around: Surroundings,
+    /// Translates, if there is one.
+    translator: Option<Translator>,
+    /// What was translated of the run.
+    translated: HashMap<u64, BlockId>,
+    /// The branch by which translated code was left last.
+    left_by: Option<Site>,
+    site: u64,
 }
 
+/// Something always asks for attention: so loops are left, and steps can be counted.
+static ATTENTION: AtomicU32 = AtomicU32::new(1);
+
 impl Engine {
-    pub fn new() -> Self {
+    pub fn new(translates: bool) -> Self {
         let mut cpu = CpuState::reset();
         cpu.cr0 = cr0::PE | cr0::MP | cr0::ET | cr0::NE | cr0::WP | cr0::PG;
         cpu.cr4 = cr4::PAE | cr4::OSFXSR | cr4::OSXMMEXCPT | cr4::OSXSAVE;
@@ -192,7 +204,15 @@ impl Engine {
                 code: Box::new([0xcc; PAGE]),
                 backed: Backed::Direct,
             },
+            translator: translates.then(|| Translator::new().expect("executable memory")),
+            translated: HashMap::new(),
+            left_by: None,
+            site: 0,
         }
+    }
+
+    pub fn translates(&self) -> bool {
+        self.translator.is_some()
     }
 
     pub fn set_backing(&mut self, backed: Backed) {
@@ -205,6 +225,9 @@ impl Engine {
     }
 
     fn load(&mut self, case: &Case) {
+        self.translated.clear();
+        self.left_by = None;
+        self.tlb.remove_jumps();
         self.around.code[..CODE_BYTES].copy_from_slice(&case.code);
         self.around.memory.as_mut().clone_from(&case.memory);
         let cpu = &mut self.cpu;
@@ -277,6 +300,92 @@ impl Engine {
         done
     }
 
+    /// One translated block, and what it is linked to.
+    fn run_translated(&mut self, block: &Block, bytes: &[u8], done: &mut u64) -> Turn {
+        let context = Context::of(&self.cpu);
+        let Some(translator) = &mut self.translator else {
+            unreachable!("only called if there is one");
+        };
+        let id = match self.translated.get(&block.rip) {
+            Some(&id) => id,
+            None => {
+                let native = &mut self.native;
+                let made = translator.translate(block, bytes, context, 1, native);
+                let id = match made {
+                    Ok(id) => id,
+                    Err(_) => {
+                        translator.reset();
+                        native.reset();
+                        self.translated.clear();
+                        self.tlb.remove_jumps();
+                        self.left_by = None;
+                        translator
+                            .translate(block, bytes, context, 1, native)
+                            .expect("room for one block")
+                    }
+                };
+                self.translated.insert(block.rip, id);
+                id
+            }
+        };
+        match self.left_by.take() {
+            Some(Site::Link { .. }) => translator.link(self.site, id),
+            Some(Site::Jump { .. } | Site::Step { .. }) => {
+                let address = translator.address(id).expect("a live block");
+                self.tlb.insert_jump(context.privilege, block.rip, address);
+            }
+            _ => {}
+        }
+        let entry = translator.entry(id).expect("a live block");
+        let mut core = Core::new(&mut self.cpu, &mut self.tlb, &mut self.around);
+        // SAFETY: translated for this context and RIP; the translator is reset only above.
+        let left = unsafe { translate::run(&mut core, entry, ATTENTION.as_ptr()) };
+        *done += 1;
+        let step_at = match left {
+            Left::Turn(turn) => return turn,
+            Left::Site(number) => {
+                self.site = number;
+                self.left_by = translator.site(number);
+                match self.left_by {
+                    Some(Site::Link { target, .. } | Site::Jump { target }) => {
+                        self.cpu.rip = target;
+                        return Turn::Continue;
+                    }
+                    Some(Site::Attention { rip }) => {
+                        self.left_by = None;
+                        self.cpu.rip = rip;
+                        return Turn::Continue;
+                    }
+                    Some(Site::Step { rip }) => rip,
+                    other => panic!("{other:?}"),
+                }
+            }
+            Left::Step { address, .. } => translator.rip_of(address).expect("an instruction"),
+        };
+        self.cpu.rip = step_at;
+        let bytes = &self.around.code[(step_at - CODE) as usize..];
+        let native = Some(&mut self.native);
+        let single = decode(bytes, step_at, Mode::Long64, &self.features, native, 1);
+        let single = match single {
+            Err(_) => {
+                // Operations of translated code point to thunks, too.
+                translator.reset();
+                self.translated.clear();
+                self.left_by = None;
+                self.tlb.remove_jumps();
+                self.native.reset();
+                let native = Some(&mut self.native);
+                decode(bytes, step_at, Mode::Long64, &self.features, native, 1)
+            }
+            single => single,
+        };
+        let Ok(DecodeEnd::Block(single)) = single else {
+            panic!("the translator has decoded it");
+        };
+        let mut core = Core::new(&mut self.cpu, &mut self.tlb, &mut self.around);
+        run_one(&mut core, &single).0
+    }
+
     /// One block.
     fn step(&mut self, done: &mut u64, kinds: &mut BTreeMap<&'static str, u64>) -> Turn {
         let mode = self.cpu.mode();
@@ -310,12 +419,16 @@ impl Engine {
             bytes
         };
         let rip = self.cpu.rip;
+        let bytes = &bytes.to_vec();
+        let translates = self.translator.is_some()
+            && self.cpu.shadow == InterruptShadow::None
+            && mode == Mode::Long64;
         let decoded = match decode(
             bytes,
             rip,
             mode,
             &self.features,
-            Some(&mut self.native),
+            (!translates).then_some(&mut self.native),
             usize::MAX,
         ) {
             Err(ThunkError::Full) => {
@@ -346,6 +459,7 @@ impl Engine {
             .is_some_and(|op| op.instruction.mnemonic() == Mnemonic::Int3);
         if breakpoint {
             block.ops.pop();
+            block.len -= 1;
         }
         for op in &block.ops {
             let text = format!("{:?}", op.kind);
@@ -358,6 +472,9 @@ impl Engine {
             }
         }
         let alone = block.ops.is_empty();
+        if !alone && translates {
+            return self.run_translated(&block, bytes, done);
+        }
         if !alone {
             let mut core = Core::new(&mut self.cpu, &mut self.tlb, &mut self.around);
             let (turn, completed) = run(&mut core, &block);

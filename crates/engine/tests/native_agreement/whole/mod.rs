@@ -17,13 +17,14 @@ use engine::{Backed, Engine};
 use generate::Generator;
 use processor::{BATCH, Processor};
 
-/// Compares the engine with the processor in code of `bits` and panics with what differs.
-pub fn compare(bits: u32) {
+/// Compares the engine with the processor in code of `bits`, stepping or translating, and panics with
+/// what differs.
+pub fn compare(bits: u32, translates: bool) {
     let (count, seed) = (crate::count(), crate::seed());
     println!("TRAPLINE_RANDOM_SEED={seed:#x} TRAPLINE_RANDOM_INSTRUCTIONS={count}");
     let mut generator = Generator::new(seed, bits);
     let mut processor = Processor::start();
-    let mut engine = Engine::new();
+    let mut engine = Engine::new(translates);
     let mut outcome = Outcome::default();
     let (mut done, mut cases, mut instructions) = (0, 0, 0);
     let mut vectors: BTreeMap<u32, u64> = BTreeMap::new();
@@ -44,7 +45,7 @@ pub fn compare(bits: u32) {
             done += run.instructions.len();
             *vectors.entry(expected.vector).or_default() += 1;
             astray += u64::from(outcome.vector == ASTRAY);
-            let names = differences(run, expected, &outcome);
+            let names = differences(run, expected, &outcome, engine.translates());
             if names.is_empty() {
                 continue;
             }
