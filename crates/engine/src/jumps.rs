@@ -60,8 +60,12 @@ impl Jumps {
         let page = self.pages.entry(target & PAGE_MASK).or_default();
         // Mixed marks: the stricter one.
         page.global = global && (page.global || page.entries.is_empty());
-        page.entries.push((table as u8, slot(target) as u16));
-        self.count += 1;
+        // Targets that share a slot take turns in it, and each comes here every time.
+        let entry = (table as u8, slot(target) as u16);
+        if !page.entries.contains(&entry) {
+            page.entries.push(entry);
+            self.count += 1;
+        }
         frame.set_slot(jump_targets(table), slot(target), target.wrapping_neg());
         frame.set_slot(jump_hosts(table), slot(target), host);
     }
@@ -121,6 +125,18 @@ mod tests {
         jumps.clear_page(&mut frame, 0x1000);
         assert!(!found(&frame, 0, 0x1234));
         assert_eq!(jumps.count, 0);
+    }
+
+    #[test]
+    fn targets_that_take_turns_are_noted_once() {
+        let (mut frame, mut jumps) = (Frame::default(), Jumps::default());
+        for _ in 0..10 {
+            jumps.insert(&mut frame, 0, 0x1_1234, 1, true);
+            jumps.insert(&mut frame, 0, 0x2_1234, 2, true);
+        }
+        assert_eq!(jumps.count, 2);
+        assert_eq!(find(&frame, 0, 0x2_1234), Some(2));
+        assert_eq!(find(&frame, 0, 0x1_1234), None);
     }
 
     #[test]

@@ -105,7 +105,14 @@ impl Vcpu {
         // system.
         let left = unsafe { run(&mut core, entry, word.as_ptr()) };
         if self.log_translated {
-            tracing::trace!(target: "translated", vcpu = self.surroundings.vcpu.index(), ?left, "left");
+            let site = match left {
+                Left::Site(number) => {
+                    let translator = self.surroundings.code.translator.as_ref();
+                    translator.and_then(|t| t.site(number))
+                }
+                _ => None,
+            };
+            tracing::trace!(target: "translated", vcpu = self.surroundings.vcpu.index(), ?left, ?site, rip = format_args!("{:#x}", self.cpu.rip), "left");
         }
         match left {
             Left::Site(number) => {

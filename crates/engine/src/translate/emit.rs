@@ -148,13 +148,14 @@ pub(super) fn emit(
         emitter.operation = n;
         // CLI ends a block only for the sake of those who step.
         let goes_on = matches!(treatment, Treatment::Own) && op.kind == OpKind::System;
+        let goes_on = goes_on || !leaves(op);
         emitter.point(n);
         match treatment {
             Treatment::Plain(plan, look) => emitter.plain(op, &plan, look),
             Treatment::Assist => emitter.assist(op),
             Treatment::Own => emitter.own(op),
         }
-        open = !op.ends_block() || goes_on;
+        open = goes_on;
     }
     let next = block.rip.wrapping_add(u64::from(block.len));
     if open {
@@ -171,6 +172,14 @@ pub(super) fn emit(
         sites: emitter.sites,
         assisted: emitter.assisted,
     })
+}
+
+/// Whether translated code is left behind the operation when a helper has executed it: the context
+/// or the way on may have changed.
+pub(super) fn leaves(op: &Op) -> bool {
+    let reads_segment = op.instruction.mnemonic() == Mnemonic::Mov
+        && op.instruction.op1_register().is_segment_register();
+    op.ends_block() && !reads_segment
 }
 
 impl Emitter<'_> {

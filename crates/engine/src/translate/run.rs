@@ -11,6 +11,7 @@ use trapline_x86::control::rflags;
 use trapline_x86::vector::MXCSR_RESET;
 use trapline_x86::{CpuState, SegmentRegister};
 
+use super::emit::leaves;
 use super::stubs::exit;
 use crate::access::{Core, Fault};
 use crate::decode::Op;
@@ -197,7 +198,7 @@ extern "sysv64" fn assist<E: Environment>(context: *mut Context<'_, '_, E>, op: 
     }
     let next = op.instruction.next_ip();
     context.turn = match result {
-        Ok(Flow::Next) if !core.leave_block && !op.ends_block() => {
+        Ok(Flow::Next) if !core.leave_block && !leaves(op) => {
             let frame = core.tlb.frame_mut();
             enter_frame(core.cpu, frame);
             frame.set(field::VECTORS_AWAY, 1);
