@@ -76,6 +76,8 @@ pub mod efer {
     pub const LME: u64 = 1 << 8;
     pub const LMA: u64 = 1 << 10;
     pub const NXE: u64 = 1 << 11;
+    /// Automatic IBRS (AMD).
+    pub const AIBRSE: u64 = 1 << 21;
 }
 
 /// DR6 bits (SDM vol. 3, 17.2.3).

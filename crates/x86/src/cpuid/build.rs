@@ -304,6 +304,10 @@ impl<'a, S: CpuidSource> Builder<'a, S> {
             if self.host_highest_extended >= 0x8000_0021 {
                 // Loading a null selector clears the hidden base here.
                 self.show(Feature::NULL_SELECTOR_CLEARS_BASE);
+                // A guest's branches are looked up, whatever calls and returns it makes of them:
+                // the sequences by which a system guards them would shield nothing here.
+                self.show(Feature::AUTOMATIC_IBRS);
+                self.show(Feature::SRSO_NO);
             }
         }
         // Leaves past the highest one would be found by software that does not look there.

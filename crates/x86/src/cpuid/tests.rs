@@ -352,7 +352,7 @@ fn identity_is_the_hosts() {
     assert_eq!(amd().read(0x8000_0000, 0, at(0))[0], 0x8000_0021);
     assert_eq!(model.read(0x8000_0008, 0, at(0))[0], 48 << 8 | 46);
     assert_eq!(model.read(0x8000_0021, 0, at(0)), [0; 4]);
-    assert_eq!(amd().read(0x8000_0021, 0, at(0)), [0x44, 0, 0, 0]);
+    assert_eq!(amd().read(0x8000_0021, 0, at(0)), [0x2000_0144, 0, 0, 0]);
 }
 
 #[test]

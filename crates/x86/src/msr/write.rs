@@ -110,6 +110,7 @@ fn write_efer(cpu: &mut CpuState, model: &CpuidModel, value: u64) -> Option<Effe
         (Feature::SYSCALL, efer::SCE),
         (Feature::LM, efer::LME),
         (Feature::NX, efer::NXE),
+        (Feature::AUTOMATIC_IBRS, efer::AIBRSE),
     ] {
         if model.allows(feature) {
             writable |= bits;
