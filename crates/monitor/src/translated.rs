@@ -51,14 +51,12 @@ impl Vcpu {
         let word = trace.attention(self.surroundings.vcpu);
         loop {
             let context = Context::of(&self.cpu);
-            if self
-                .last_context
-                .is_none_or(|last| last.number() >> 2 != context.number() >> 2)
-            {
-                // The jump tables tell only privileges apart.
+            // The jump tables tell only privileges apart.
+            let last = &mut self.last_contexts[context.privilege as usize];
+            if *last != Some(context) {
+                *last = Some(context);
                 self.tlb.remove_jumps();
             }
-            self.last_context = Some(context);
             let quick = self
                 .tlb
                 .jump(context.privilege, self.cpu.rip)

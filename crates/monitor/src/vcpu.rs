@@ -48,8 +48,8 @@ pub struct Vcpu {
     pub(crate) undelivered: Option<Event>,
     nmi_pending: bool,
     pub(crate) statistics: VcpuStatistics,
-    /// The context in which translated code ran last.
-    pub(crate) last_context: Option<Context>,
+    /// The context in which translated code ran last with each privilege.
+    pub(crate) last_contexts: [Option<Context>; 3],
     /// How translated code was left last.
     pub(crate) came_from: From,
     /// How often all derived code was dropped.
@@ -97,7 +97,7 @@ impl Vcpu {
             undelivered: None,
             nmi_pending: false,
             statistics: VcpuStatistics::default(),
-            last_context: None,
+            last_contexts: [None; 3],
             came_from: From::default(),
             code_drops: 0,
             started: None,
