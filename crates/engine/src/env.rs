@@ -142,6 +142,12 @@ pub trait Environment {
     /// (\[0085\] of the seed).
     fn before_flush(&mut self, tlb: &mut Tlb);
 
+    /// Whether whoever runs the processor must have a look before its next instruction, though
+    /// nothing has raised its attention word: an interrupt may have become deliverable.
+    fn is_wanted(&self, _cpu: &CpuState) -> bool {
+        false
+    }
+
     /// PAUSE: the guest spins. With more VCPUs than processors the thread may give up its turn.
     fn pause(&mut self);
 }

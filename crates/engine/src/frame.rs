@@ -69,6 +69,8 @@ pub mod field {
     pub const INTERRUPTS: i32 = 264;
     /// RFLAGS without the status flags, IF and the bit that is always set.
     pub const OTHER_FLAGS: i32 = 272;
+    /// IA32_KERNEL_GS_BASE.
+    pub const KERNEL_GS_BASE: i32 = 280;
     /// The tables begin.
     pub const TABLES: i32 = 4096;
 }

@@ -104,6 +104,8 @@ pub struct Tlb {
     filled: Vec<u32>,
     fetches: Box<[[FetchEntry; FETCH_ENTRIES]; 3]>,
     jumps: Jumps,
+    /// What the jumps of each privilege were entered for: a number of the engine's.
+    contexts: [Option<u8>; 3],
     /// A splinter of a large page may be present: an INVLPG must then flush everything, since one
     /// page's invalidation covers the whole large page (SDM vol. 3, 4.10.4.1).
     splinters: bool,
@@ -122,6 +124,7 @@ impl Default for Tlb {
             filled: Vec::new(),
             fetches: Box::new([[FetchEntry::default(); FETCH_ENTRIES]; 3]),
             jumps: Jumps::default(),
+            contexts: [None; 3],
             splinters: false,
             epoch: 1,
             fills: 0,
@@ -329,9 +332,24 @@ impl Tlb {
             .insert(&mut self.frame, privilege as usize, target, host, global);
     }
 
-    /// Where [`Self::insert_jump`] said that code for `target` lies, if that still holds.
+    /// From now on code with `privilege` runs in the context with this number. Jumps that were
+    /// entered for another one go.
     #[inline]
-    pub fn jump(&self, privilege: Privilege, target: u64) -> Option<u64> {
+    pub fn set_context(&mut self, privilege: Privilege, number: u8) {
+        let context = &mut self.contexts[privilege as usize];
+        if *context != Some(number) {
+            *context = Some(number);
+            self.jumps.clear(&mut self.frame);
+        }
+    }
+
+    /// Where [`Self::insert_jump`] said that code for `target` lies, if that still holds in the
+    /// context with this number.
+    #[inline]
+    pub fn jump(&self, privilege: Privilege, number: u8, target: u64) -> Option<u64> {
+        if self.contexts[privilege as usize] != Some(number) {
+            return None;
+        }
         crate::jumps::find(&self.frame, privilege as usize, target)
     }
 

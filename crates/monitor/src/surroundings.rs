@@ -617,6 +617,10 @@ impl Environment for Surroundings {
         self.shadow.flushed();
     }
 
+    fn is_wanted(&self, cpu: &CpuState) -> bool {
+        self.look_for_interrupts && cpu.interrupts_enabled()
+    }
+
     fn pause(&mut self) {
         self.pauses += 1;
         if self.pauses.is_multiple_of(PAUSES_PER_YIELD) {

@@ -5,13 +5,12 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use trapline_engine::access::{Core, Fault};
+use trapline_engine::env::Environment;
 use trapline_engine::step::events::Event;
 use trapline_engine::step::run::{Turn, run_one};
-use trapline_engine::translate::{Context, Entry, Left, Site, run};
+use trapline_engine::translate::{Context, Entry, Left, Site, may_run, run};
 use trapline_trace::Attention;
-use trapline_x86::Mode;
-use trapline_x86::control::{cr0, dr7, rflags};
-use trapline_x86::state::{Activity, InterruptShadow};
+use trapline_x86::state::Activity;
 
 use crate::code_cache::CachedBlock;
 use crate::fetch::Wanted;
@@ -34,15 +33,10 @@ impl Vcpu {
     /// instruction.
     #[inline]
     pub(crate) fn may_run_translated(&self) -> bool {
-        let cpu = &*self.cpu;
-        let special = self.surroundings.code.translator.is_none()
-            || self.debugging
-            || self.log_blocks
-            || cpu.shadow != InterruptShadow::None
-            || cpu.rflags & (rflags::TF | rflags::RF) != 0
-            || cpu.dr7 & dr7::ENABLES != 0
-            || cpu.rflags & rflags::AC != 0 && cpu.cr0 & cr0::AM != 0 && cpu.cpl() == 3;
-        !special && cpu.mode() == Mode::Long64
+        self.surroundings.code.translator.is_some()
+            && !self.debugging
+            && !self.log_blocks
+            && may_run(&self.cpu)
     }
 
     /// Runs translated code until something is due that the run loop does.
@@ -51,15 +45,10 @@ impl Vcpu {
         let word = trace.attention(self.surroundings.vcpu);
         loop {
             let context = Context::of(&self.cpu);
-            // The jump tables tell only privileges apart.
-            let last = &mut self.last_contexts[context.privilege as usize];
-            if *last != Some(context) {
-                *last = Some(context);
-                self.tlb.remove_jumps();
-            }
+            self.tlb.set_context(context.privilege, context.number());
             let quick = self
                 .tlb
-                .jump(context.privilege, self.cpu.rip)
+                .jump(context.privilege, context.number(), self.cpu.rip)
                 .filter(|_| matches!(self.came_from, From::Jump) && !word.pending());
             if let Some(address) = quick {
                 self.came_from = From::Elsewhere;
@@ -153,7 +142,7 @@ impl Vcpu {
         }
         word.pending()
             || self.undelivered.is_some()
-            || self.surroundings.look_for_interrupts && self.cpu.interrupts_enabled()
+            || self.surroundings.is_wanted(&self.cpu)
             || self.cpu.activity != Activity::Active
             || !self.may_run_translated()
     }

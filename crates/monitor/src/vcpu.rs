@@ -14,7 +14,7 @@ use trapline_engine::native::{NativeCode, NativeError};
 use trapline_engine::step::events::{Delivered, Event, raise};
 use trapline_engine::step::run::{run, run_one};
 use trapline_engine::tlb::Tlb;
-use trapline_engine::translate::{Context, Translator};
+use trapline_engine::translate::Translator;
 use trapline_x86::state::{Activity, InterruptShadow};
 use trapline_x86::{CpuState, Mode};
 
@@ -48,8 +48,6 @@ pub struct Vcpu {
     pub(crate) undelivered: Option<Event>,
     nmi_pending: bool,
     pub(crate) statistics: VcpuStatistics,
-    /// The context in which translated code ran last with each privilege.
-    pub(crate) last_contexts: [Option<Context>; 3],
     /// How translated code was left last.
     pub(crate) came_from: From,
     /// How often all derived code was dropped.
@@ -97,7 +95,6 @@ impl Vcpu {
             undelivered: None,
             nmi_pending: false,
             statistics: VcpuStatistics::default(),
-            last_contexts: [None; 3],
             came_from: From::default(),
             code_drops: 0,
             started: None,

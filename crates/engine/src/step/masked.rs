@@ -229,7 +229,7 @@ pub fn native_masked<E: Environment>(
 type Place = (usize, usize, u64);
 
 /// Where the active bytes of the operand are, up to the first that the segment does not hold, and
-/// the fault of that one. Outside 64-bit mode VMASKMOV wraps the offset of every element at 4 GiB,
+/// the fault of that one. With 32-bit addresses VMASKMOV wraps the offset of every element at 4 GiB,
 /// masked EVEX instructions do not (measured).
 fn places<E: Environment>(
     core: &Core<'_, E>,
@@ -240,7 +240,11 @@ fn places<E: Environment>(
     // The address size wraps the first byte's offset alone.
     let first = address::effective_offset(core.cpu, i);
     let segment = address::memory_segment(core.cpu, i);
-    let wraps = core.cpu.mode() != Mode::Long64 && i.encoding() == EncodingKind::VEX;
+    let narrow = core.cpu.mode() != Mode::Long64
+        || i.memory_base().is_gpr32()
+        || i.memory_index().is_gpr32()
+        || i.memory_base() == Register::EIP;
+    let wraps = narrow && i.encoding() == EncodingKind::VEX;
     let wrap = if wraps { 0xffff_ffff } else { u64::MAX };
     let linear = |at: usize, len| {
         let offset = first.wrapping_add(at as u64) & wrap;

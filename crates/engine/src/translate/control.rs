@@ -45,7 +45,7 @@ impl Emitter<'_> {
             OpKind::Pop => matches!(i.code(), Code::Pop_r64 | Code::Pop_rm64) && register64(0),
             OpKind::Frame => i.code() == Code::Leaveq,
             OpKind::System => match i.mnemonic() {
-                Mnemonic::Cli => self.context.ring0,
+                Mnemonic::Cli | Mnemonic::Swapgs => self.context.ring0,
                 Mnemonic::Vzeroupper => self.context.avx,
                 Mnemonic::Pushfq => i.code() == Code::Pushfq && self.bmi2,
                 m => is_prefetch(m),
@@ -89,6 +89,16 @@ impl Emitter<'_> {
             OpKind::Pop => self.pop(op),
             OpKind::System => match op.instruction.mnemonic() {
                 Mnemonic::Cli => self.asm.store_immediate32(Mem::field(field::INTERRUPTS), 0),
+                Mnemonic::Swapgs => {
+                    let (user, kernel) = (
+                        Mem::field(field::GS_BASE),
+                        Mem::field(field::KERNEL_GS_BASE),
+                    );
+                    self.asm.load(INDEX, user);
+                    self.asm.load(COUNT, kernel);
+                    self.asm.store(user, COUNT);
+                    self.asm.store(kernel, INDEX);
+                }
                 Mnemonic::Pushfq => self.push_flags(),
                 Mnemonic::Vzeroupper => {
                     self.ensure_vectors();

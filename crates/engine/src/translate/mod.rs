@@ -25,8 +25,9 @@ mod run;
 mod stubs;
 
 use iced_x86::{Encoder, InstructionInfoFactory};
-use trapline_x86::CpuState;
-use trapline_x86::control::{cr0, cr4};
+use trapline_x86::control::{cr0, cr4, dr7, rflags};
+use trapline_x86::state::InterruptShadow;
+use trapline_x86::{CpuState, Mode};
 
 use crate::decode::Block;
 use crate::decode::op::OpKind;
@@ -53,6 +54,16 @@ pub struct Context {
     pub sse: bool,
     pub avx: bool,
     pub avx512: bool,
+}
+
+/// Whether code in this state may run translated: 64-bit, and no check is due at every instruction.
+#[inline]
+pub fn may_run(cpu: &CpuState) -> bool {
+    let special = cpu.shadow != InterruptShadow::None
+        || cpu.rflags & (rflags::TF | rflags::RF) != 0
+        || cpu.dr7 & dr7::ENABLES != 0
+        || cpu.rflags & rflags::AC != 0 && cpu.cr0 & cr0::AM != 0 && cpu.cpl() == 3;
+    !special && cpu.mode() == Mode::Long64
 }
 
 impl Context {

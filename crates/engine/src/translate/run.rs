@@ -8,6 +8,7 @@
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use trapline_x86::control::rflags;
+use trapline_x86::state::Activity;
 use trapline_x86::vector::MXCSR_RESET;
 use trapline_x86::{CpuState, SegmentRegister};
 
@@ -56,6 +57,7 @@ fn enter_frame(cpu: &CpuState, frame: &mut Frame) {
     );
     frame.set(field::FS_BASE, cpu.seg[SegmentRegister::Fs as usize].base);
     frame.set(field::GS_BASE, cpu.seg[SegmentRegister::Gs as usize].base);
+    frame.set(field::KERNEL_GS_BASE, cpu.msr.kernel_gs_base);
 }
 
 /// Copies registers and flags back.
@@ -65,6 +67,8 @@ fn leave_frame(cpu: &mut CpuState, frame: &Frame) {
     }
     let flags = frame.get(field::FLAGS);
     let status = (flags & 1) << 11 | flags >> 8 & 0xd5;
+    cpu.seg[SegmentRegister::Gs as usize].base = frame.get(field::GS_BASE);
+    cpu.msr.kernel_gs_base = frame.get(field::KERNEL_GS_BASE);
     let interrupts = (frame.get(field::INTERRUPTS) & 1) << 9;
     cpu.rflags = cpu.rflags & !(STATUS | rflags::IF) | status | interrupts;
 }
@@ -220,6 +224,30 @@ extern "sysv64" fn assist<E: Environment>(context: *mut Context<'_, '_, E>, op: 
         Err(Fault::Exception(e)) => Turn::Exception(e),
         Err(Fault::Restart) => Turn::Restart,
     };
+    if context.turn == Turn::Continue
+        && let Some(address) = next_translated(core)
+    {
+        let frame = core.tlb.frame_mut();
+        enter_frame(core.cpu, frame);
+        frame.set(field::VECTORS_AWAY, 1);
+        frame.set(field::RETURN, address);
+        return 0;
+    }
     core.tlb.frame_mut().set(field::EXIT, exit::MOVED);
     1
+}
+
+/// Where translated code goes on at RIP, if nobody needs to have a look before and the jump table
+/// knows it.
+fn next_translated<E: Environment>(core: &Core<'_, E>) -> Option<u64> {
+    let cpu = &*core.cpu;
+    if !super::may_run(cpu)
+        || cpu.activity != Activity::Active
+        || is_wanted(core.tlb.frame())
+        || core.env.is_wanted(cpu)
+    {
+        return None;
+    }
+    let context = super::Context::of(cpu);
+    core.tlb.jump(context.privilege, context.number(), cpu.rip)
 }
