@@ -1,5 +1,6 @@
 //! Development tasks, called as `cargo xtask TASK`.
 
+mod bench;
 mod boot;
 mod guest;
 mod layers;
@@ -35,6 +36,10 @@ enum Task {
     Test,
     /// Check that no layer depends on a higher one
     Layers,
+    /// Measure guest work and boots natively, under Trapline and under QEMU TCG, side by side
+    ///
+    /// Some minutes: `cargo xtask bench --rounds 1 sort sieve` for a quick look.
+    Bench(bench::Options),
     /// Measure what untraced and traced stores cost, in release mode (a minute on an idle machine)
     BenchTraces,
 }
@@ -67,6 +72,7 @@ fn main() -> ExitCode {
         Task::Run { args } => boot::run(&args),
         Task::Test => test::run(),
         Task::Layers => layers::run(),
+        Task::Bench(options) => bench::run(&options),
         Task::BenchTraces => project::check(project::cargo().args([
             "bench",
             "--package",

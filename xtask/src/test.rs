@@ -72,18 +72,21 @@ pub fn run() -> Result<()> {
     Ok(())
 }
 
-/// The manifest of our guest program, which is no member of the workspace.
-fn stress_manifest() -> PathBuf {
-    guest::stress_folder().join("Cargo.toml")
+/// The manifests of our guest programs, which are no members of the workspace.
+fn program_manifests() -> [PathBuf; 2] {
+    ["stress", "bench"].map(|name| guest::program_folder(name).join("Cargo.toml"))
 }
 
 fn format() -> Result<()> {
     project::check(project::cargo().args(["fmt", "--all", "--check"]))?;
-    project::check(
-        project::cargo()
-            .args(["fmt", "--check", "--manifest-path"])
-            .arg(stress_manifest()),
-    )
+    for manifest in program_manifests() {
+        project::check(
+            project::cargo()
+                .args(["fmt", "--check", "--manifest-path"])
+                .arg(manifest),
+        )?;
+    }
+    Ok(())
 }
 
 fn lints() -> Result<()> {
@@ -107,14 +110,17 @@ fn lints() -> Result<()> {
                 .args(warnings),
         )?;
     }
-    project::check(
-        project::cargo()
-            .args(["clippy", "--quiet", "--manifest-path"])
-            .arg(stress_manifest())
-            .arg("--target-dir")
-            .arg(guest::stress_target_directory()?)
-            .args(warnings),
-    )
+    for manifest in program_manifests() {
+        project::check(
+            project::cargo()
+                .args(["clippy", "--quiet", "--manifest-path"])
+                .arg(manifest)
+                .arg("--target-dir")
+                .arg(guest::program_target_directory()?)
+                .args(warnings),
+        )?;
+    }
+    Ok(())
 }
 
 fn dependencies() -> Result<()> {
@@ -151,7 +157,7 @@ fn guests() -> Result<()> {
 }
 
 fn programs() -> Result<()> {
-    let program = guest::build_stress()?;
+    let program = guest::build_program("stress")?;
     project::check(Command::new(program).stdin(Stdio::null()))
 }
 

@@ -2,7 +2,7 @@
 //!
 //! Nothing here needs root, and nothing needs the network once the packages are cached.
 
-mod cpio;
+pub mod cpio;
 mod initramfs;
 mod packages;
 
@@ -64,7 +64,7 @@ pub fn build(options: &GuestOptions) -> Result<Guest> {
         }
         None => packages::busybox(&cache, options.refresh)?,
     }
-    let stress = build_stress()?;
+    let stress = build_program("stress")?;
 
     let initramfs = match (&options.output, &options.with) {
         (Some(path), _) => path.clone(),
@@ -89,27 +89,27 @@ pub fn build(options: &GuestOptions) -> Result<Guest> {
     })
 }
 
-/// The folder of the stress program's source.
-pub fn stress_folder() -> PathBuf {
-    project::root().join("guests").join("linux").join("stress")
+/// The folder of the source of one of our programs for Linux guests.
+pub fn program_folder(name: &str) -> PathBuf {
+    project::root().join("guests").join("linux").join(name)
 }
 
-/// Where the stress program is built: apart from the workspace, as its flags differ.
+/// Where these programs are built: apart from the workspace, as their flags differ.
 ///
 /// # Errors
 /// If cargo does not say where it builds the workspace.
-pub fn stress_target_directory() -> Result<PathBuf> {
+pub fn program_target_directory() -> Result<PathBuf> {
     Ok(project::target_directory()?.join("guest-linux"))
 }
 
-/// Builds the stress program as a static executable and gives its path.
+/// Builds a program, for example `stress`, as a static executable and gives its path.
 ///
 /// # Errors
 /// If it does not build.
-pub fn build_stress() -> Result<PathBuf> {
+pub fn build_program(name: &str) -> Result<PathBuf> {
     let target = "x86_64-unknown-linux-gnu";
-    let folder = stress_target_directory()?;
-    println!("guest: building the stress program");
+    let folder = program_target_directory()?;
+    println!("guest: building the {name} program");
     project::check(
         project::cargo()
             .args([
@@ -120,7 +120,7 @@ pub fn build_stress() -> Result<PathBuf> {
                 target,
                 "--manifest-path",
             ])
-            .arg(stress_folder().join("Cargo.toml"))
+            .arg(program_folder(name).join("Cargo.toml"))
             .arg("--target-dir")
             .arg(&folder)
             .env_remove("CARGO_ENCODED_RUSTFLAGS")
@@ -129,7 +129,8 @@ pub fn build_stress() -> Result<PathBuf> {
                 "-C target-feature=+crt-static -C relocation-model=static",
             ),
     )?;
-    Ok(folder.join(target).join("release").join("stress-trapline"))
+    let release = folder.join(target).join("release");
+    Ok(release.join(format!("{name}-trapline")))
 }
 
 /// Assembles the small guests into the cache.

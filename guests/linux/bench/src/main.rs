@@ -1,0 +1,46 @@
+//! Measures how fast a processor does what guests do; the same program runs natively and in guests.
+//!
+//! Each row prints `NAME RATE UNIT/s`, the best of several repetitions of about a twentieth of a
+//! second, so that what else the machine does disturbs least.
+
+mod compute;
+mod system;
+mod threads;
+
+use std::hint::black_box;
+use std::time::{Duration, Instant};
+
+/// A row: its name, its unit, and what does some units of work and says how many.
+pub type Row = (&'static str, &'static str, fn() -> u64);
+
+const REPETITIONS: u32 = 5;
+const REPETITION: Duration = Duration::from_millis(50);
+
+/// Units of work a second, the best repetition.
+fn rate(work: fn() -> u64) -> f64 {
+    black_box(work());
+    let mut best = 0.0f64;
+    for _ in 0..REPETITIONS {
+        let start = Instant::now();
+        let mut done = 0;
+        while start.elapsed() < REPETITION {
+            done += black_box(work());
+        }
+        best = best.max(done as f64 / start.elapsed().as_secs_f64());
+    }
+    best
+}
+
+fn main() {
+    let mut arguments = std::env::args().skip(1).peekable();
+    if arguments.peek().is_some_and(|a| a == "--leave") {
+        return;
+    }
+    let wanted: Vec<String> = arguments.collect();
+    let rows = [compute::ROWS, system::ROWS, threads::ROWS].concat();
+    for (name, unit, work) in rows {
+        if (wanted.is_empty() || wanted.iter().any(|w| w == name)) && compute::possible(name) {
+            println!("{name} {:.6e} {unit}/s", rate(work));
+        }
+    }
+}
