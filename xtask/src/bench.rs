@@ -266,19 +266,13 @@ fn boots(ours: &[Guest], theirs: &[Guest]) -> String {
         median(runs.iter().filter_map(value).collect()).map_or("–".into(), |v| format!("{v:.2}"))
     };
     let mut text = String::from("| boot | Trapline | QEMU |\n| --- | ---: | ---: |\n");
-    let rows: [(&str, fn(&Guest) -> Option<f64>); 3] = [
-        ("to the shell, guest seconds", |g| g.shell),
-        ("to power-off, wall seconds", |g| Some(g.seconds)),
-        ("peak memory, MiB", |g| Some(g.memory)),
-    ];
-    for (name, value) in rows {
-        let _ = writeln!(
-            text,
-            "| {name} | {} | {} |",
-            of(ours, value),
-            of(theirs, value)
-        );
-    }
+    let mut row = |name: &str, value: fn(&Guest) -> Option<f64>| {
+        let (a, b) = (of(ours, value), of(theirs, value));
+        let _ = writeln!(text, "| {name} | {a} | {b} |");
+    };
+    row("to the shell, guest seconds", |g| g.shell);
+    row("to power-off, wall seconds", |g| Some(g.seconds));
+    row("peak memory, MiB", |g| Some(g.memory));
     text
 }
 
