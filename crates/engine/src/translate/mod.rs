@@ -41,7 +41,7 @@ pub use run::{Entry, Left, run};
 use stubs::Stubs;
 
 /// Bytes of executable memory for one VCPU's translations.
-const ARENA_BYTES: usize = 64 << 20;
+const ARENA_BYTES: usize = 32 << 20;
 
 /// What translated code depends on besides its bytes and their address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
