@@ -155,6 +155,9 @@ fn undefined_flags(run: &Run) -> u64 {
         })
 }
 
+/// MXCSR.MM.
+const MISALIGNED_MASK: u32 = 1 << 17;
+
 /// #SS, #GP or #PF.
 fn faulty(vector: u32) -> bool {
     matches!(vector, 12..=14)
@@ -174,6 +177,10 @@ pub fn differences(
     let mut names = Vec::new();
     // Where the engine gave up, the processor may have come to an end still.
     if subject.vector == ASTRAY {
+        return names;
+    }
+    // AMD's misaligned exception mask is not shown to guests, so to load it is #GP here.
+    if reference.registers.vector.mxcsr & MISALIGNED_MASK != 0 && subject.vector == 13 {
         return names;
     }
     let mut check = |name: &str, x: u64, y: u64| {
