@@ -148,6 +148,7 @@ pub trait Environment {
         false
     }
 
-    /// PAUSE: the guest spins. With more VCPUs than processors the thread may give up its turn.
+    /// The guest has executed many PAUSE instructions, so it spins. With more VCPUs than processors
+    /// the thread may give up its turn.
     fn pause(&mut self);
 }

@@ -71,6 +71,8 @@ pub mod field {
     pub const OTHER_FLAGS: i32 = 272;
     /// IA32_KERNEL_GS_BASE.
     pub const KERNEL_GS_BASE: i32 = 280;
+    /// PAUSE instructions to go until the thread may give up its turn.
+    pub const PAUSES: i32 = 288;
     /// The tables begin.
     pub const TABLES: i32 = 4096;
 }

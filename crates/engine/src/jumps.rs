@@ -11,18 +11,14 @@ const PAGE_MASK: u64 = !0xfff;
 /// Entries noted before all are dropped: bounds what a guest can make the list grow to.
 const MANY: usize = 1 << 17;
 
-/// The entries of one linear page.
-#[derive(Default)]
-struct Page {
-    /// Table and slot.
-    entries: Vec<(u8, u16)>,
-    global: bool,
-}
+/// The entries of one linear page: table and slot.
+type Page = Vec<(u8, u16)>;
 
-/// What was entered, by linear page.
+/// What was entered, by linear page; the global pages are the second. A page that was marked both
+/// ways is in both.
 #[derive(Default)]
 pub(crate) struct Jumps {
-    pages: HashMap<u64, Page>,
+    pages: [HashMap<u64, Page>; 2],
     count: usize,
 }
 
@@ -30,8 +26,8 @@ fn slot(target: u64) -> usize {
     target as usize & (SLOTS - 1)
 }
 
-fn clear(frame: &mut Frame, page: &Page) {
-    for &(table, slot) in &page.entries {
+fn clear(frame: &mut Frame, page: &[(u8, u16)]) {
+    for &(table, slot) in page {
         let (table, slot) = (usize::from(table), usize::from(slot));
         frame.set_slot(jump_targets(table), slot, empty(slot));
     }
@@ -57,13 +53,13 @@ impl Jumps {
         if self.count >= MANY {
             self.clear(frame);
         }
-        let page = self.pages.entry(target & PAGE_MASK).or_default();
-        // Mixed marks: the stricter one.
-        page.global = global && (page.global || page.entries.is_empty());
+        let page = self.pages[usize::from(global)]
+            .entry(target & PAGE_MASK)
+            .or_default();
         // Targets that share a slot take turns in it, and each comes here every time.
         let entry = (table as u8, slot(target) as u16);
-        if !page.entries.contains(&entry) {
-            page.entries.push(entry);
+        if !page.contains(&entry) {
+            page.push(entry);
             self.count += 1;
         }
         frame.set_slot(jump_targets(table), slot(target), target.wrapping_neg());
@@ -79,27 +75,25 @@ impl Jumps {
     }
 
     pub fn clear(&mut self, frame: &mut Frame) {
-        for (_, page) in self.pages.drain() {
+        for (_, page) in self.pages.iter_mut().flat_map(HashMap::drain) {
             clear(frame, &page);
         }
         self.count = 0;
     }
 
     pub fn clear_non_global(&mut self, frame: &mut Frame) {
-        let count = &mut self.count;
-        self.pages.retain(|_, page| {
-            if !page.global {
-                *count -= page.entries.len();
-                clear(frame, page);
-            }
-            page.global
-        });
+        for (_, page) in self.pages[0].drain() {
+            self.count -= page.len();
+            clear(frame, &page);
+        }
     }
 
     pub fn clear_page(&mut self, frame: &mut Frame, page: u64) {
-        if let Some(page) = self.pages.remove(&page) {
-            self.count -= page.entries.len();
-            clear(frame, &page);
+        for pages in &mut self.pages {
+            if let Some(page) = pages.remove(&page) {
+                self.count -= page.len();
+                clear(frame, &page);
+            }
         }
     }
 }

@@ -9,6 +9,8 @@ use trapline_x86::CpuState;
 use trapline_x86::control::{cr4, rflags};
 
 use crate::frame::{Frame, SLOTS, TLB_TABLES, empty, tlb_hosts, tlb_pages};
+use foldhash::HashSet;
+
 use crate::jumps::Jumps;
 
 const PAGE_SHIFT: u32 = 12;
@@ -87,6 +89,8 @@ struct FetchEntry {
     host: u64,
     /// The guest-physical page with its marks.
     gpa: u64,
+    /// [`Tlb::generation`] when it was filled, unless it is global.
+    generation: u64,
 }
 
 /// Entries of the fetch table for each privilege; a power of two.
@@ -100,15 +104,19 @@ pub struct Tlb {
     frame: Frame,
     /// The guest-physical page of each slot with its marks, table after table.
     gpas: Vec<u64>,
-    /// Slots (table and index) that were filled since they were last all empty.
-    filled: Vec<u32>,
+    /// Slots (table and index) that were filled since they were last all empty, by whether what
+    /// they hold is global. A slot that changed sides is in both.
+    filled: [Vec<u32>; 2],
     fetches: Box<[[FetchEntry; FETCH_ENTRIES]; 3]>,
     jumps: Jumps,
     /// What the jumps of each privilege were entered for: a number of the engine's.
     contexts: [Option<u8>; 3],
-    /// A splinter of a large page may be present: an INVLPG must then flush everything, since one
-    /// page's invalidation covers the whole large page (SDM vol. 3, 4.10.4.1).
-    splinters: bool,
+    /// Regions of 2 MiB and of 1 GiB (their numbers) of which splinters of a large page may be
+    /// present: an INVLPG there must flush more, since one page's invalidation covers the whole
+    /// large page (SDM vol. 3, 4.10.4.1).
+    splinters: [HashSet<u64>; 2],
+    /// Non-global fetch translations of earlier generations are void.
+    generation: u64,
     /// Counts everything that removed or could have changed a fetch translation. What is derived
     /// from a linear address (the jump cache) compares it.
     epoch: u64,
@@ -121,11 +129,12 @@ impl Default for Tlb {
         Self {
             frame: Frame::default(),
             gpas: vec![0; TLB_TABLES * SLOTS],
-            filled: Vec::new(),
+            filled: Default::default(),
             fetches: Box::new([[FetchEntry::default(); FETCH_ENTRIES]; 3]),
             jumps: Jumps::default(),
             contexts: [None; 3],
-            splinters: false,
+            splinters: Default::default(),
+            generation: 1,
             epoch: 1,
             fills: 0,
         }
@@ -160,7 +169,7 @@ impl Tlb {
             Access::Write => true,
             Access::Fetch => {
                 let entry = &self.fetches[privilege as usize][index(linear) % FETCH_ENTRIES];
-                return (entry.tag == (linear & PAGE_MASK) | 1).then(|| Hit {
+                return self.is_valid(entry, linear).then(|| Hit {
                     host: entry.host.wrapping_add(linear & !PAGE_MASK) as *mut u8,
                     gpa: entry.gpa & PAGE_MASK | linear & !PAGE_MASK,
                 });
@@ -174,6 +183,12 @@ impl Tlb {
         })
     }
 
+    #[inline]
+    fn is_valid(&self, entry: &FetchEntry, linear: u64) -> bool {
+        entry.tag == (linear & PAGE_MASK) | 1
+            && (entry.generation == self.generation || entry.gpa & mark::GLOBAL != 0)
+    }
+
     /// The host address for a data access, if present.
     #[inline(always)]
     pub fn host(&self, linear: u64, privilege: Privilege, write: bool) -> Option<*mut u8> {
@@ -184,7 +199,7 @@ impl Tlb {
     }
 
     /// Adds a translation of the page of `linear` to the page of `gpa`, which the host sees at
-    /// `host` (the page's first byte).
+    /// `host` (the page's first byte). `size`: bytes of the guest's page that it is a part of.
     #[allow(clippy::too_many_arguments)]
     pub fn insert(
         &mut self,
@@ -194,26 +209,35 @@ impl Tlb {
         gpa: u64,
         host: *mut u8,
         global: bool,
-        large: bool,
+        size: u64,
     ) {
         let page = linear & PAGE_MASK;
         let marked = gpa & PAGE_MASK | mark::PRESENT | if global { mark::GLOBAL } else { 0 };
-        self.splinters |= large;
+        if size > PAGE {
+            let (set, region) = if size > 2 << 20 {
+                (1, linear >> 30)
+            } else {
+                (0, linear >> 21)
+            };
+            self.splinters[set].insert(region);
+        }
         self.fills += 1;
         if access == Access::Fetch {
             self.fetches[privilege as usize][index(linear) % FETCH_ENTRIES] = FetchEntry {
                 tag: page | 1,
                 host: host as u64,
                 gpa: marked,
+                generation: self.generation,
             };
             return;
         }
         let table = data_table(privilege, access == Access::Write);
         let slot = index(linear);
         let flat = table * SLOTS + slot;
-        if self.gpas[flat] == 0 {
-            self.filled.push(flat as u32);
-            if self.filled.len() >= MANY_FILLED {
+        if (self.gpas[flat] ^ marked) & (mark::PRESENT | mark::GLOBAL) != 0 {
+            let side = &mut self.filled[usize::from(global)];
+            side.push(flat as u32);
+            if side.len() >= MANY_FILLED {
                 self.tidy();
             }
         }
@@ -223,11 +247,14 @@ impl Tlb {
         self.frame.set_slot(tlb_hosts(table), slot, host as u64);
     }
 
-    /// Forgets slots that are empty again, and those noted twice.
+    /// Forgets slots that are empty again or changed sides, and those noted twice.
     fn tidy(&mut self) {
-        self.filled.sort_unstable();
-        self.filled.dedup();
-        self.filled.retain(|&flat| self.gpas[flat as usize] != 0);
+        for (global, side) in self.filled.iter_mut().enumerate() {
+            let mark = mark::PRESENT | if global == 1 { mark::GLOBAL } else { 0 };
+            side.sort_unstable();
+            side.dedup();
+            side.retain(|&flat| self.gpas[flat as usize] & (mark::PRESENT | mark::GLOBAL) == mark);
+        }
     }
 
     fn clear_slot(frame: &mut Frame, gpas: &mut [u64], flat: usize) {
@@ -236,13 +263,13 @@ impl Tlb {
         frame.set_slot(tlb_pages(table), slot, empty(slot));
     }
 
-    /// Empties the slots whose mark is as told; the others stay noted.
-    fn clear_if(&mut self, mut wanted: impl FnMut(usize, u64) -> bool) {
+    /// Empties the slots of one side whose contents are as told; the others stay noted.
+    fn clear_if(&mut self, global: bool, mut wanted: impl FnMut(usize, u64) -> bool) {
         let (frame, gpas) = (&mut self.frame, &mut self.gpas);
-        self.filled.retain(|&flat| {
+        self.filled[usize::from(global)].retain(|&flat| {
             let flat = flat as usize;
             let gpa = gpas[flat];
-            if gpa == 0 {
+            if gpa == 0 || (gpa & mark::GLOBAL != 0) != global {
                 return false;
             }
             let clear = wanted(flat / SLOTS, gpa);
@@ -266,30 +293,28 @@ impl Tlb {
 
     /// Removes every translation.
     pub fn flush_all(&mut self) {
-        self.clear_if(|_, _| true);
+        self.clear_if(false, |_, _| true);
+        self.clear_if(true, |_, _| true);
         for table in self.fetches.iter_mut() {
             table.fill(FetchEntry::default());
         }
         self.jumps.clear(&mut self.frame);
-        self.splinters = false;
+        self.splinters.iter_mut().for_each(HashSet::clear);
         self.epoch += 1;
     }
 
     /// Removes every translation that is not global.
     pub fn flush_non_global(&mut self) {
-        self.clear_if(|_, gpa| gpa & mark::GLOBAL == 0);
-        for entry in self.fetches.iter_mut().flatten() {
-            if entry.gpa & mark::GLOBAL == 0 {
-                *entry = FetchEntry::default();
-            }
-        }
+        self.clear_if(false, |_, _| true);
+        self.generation += 1;
         self.jumps.clear_non_global(&mut self.frame);
         self.epoch += 1;
     }
 
     /// Removes the translations of one linear page, global or not (INVLPG).
     pub fn flush_page(&mut self, linear: u64) {
-        if self.splinters {
+        let of_large = |set: usize, shift: u32| self.splinters[set].contains(&(linear >> shift));
+        if of_large(0, 21) || of_large(1, 30) {
             return self.flush_all();
         }
         let slot = index(linear);
@@ -319,7 +344,11 @@ impl Tlb {
             Access::Write => 1,
             Access::Fetch => return,
         };
-        self.clear_if(|table, gpa| table % 2 == write && gpa & PAGE_MASK == page);
+        for global in [false, true] {
+            self.clear_if(global, |table, gpa| {
+                table % 2 == write && gpa & PAGE_MASK == page
+            });
+        }
     }
 
     /// Lets generated code that runs with `privilege` jump from the linear address `target` to
@@ -327,7 +356,7 @@ impl Tlb {
     /// after a fetch from there was translated.
     pub fn insert_jump(&mut self, privilege: Privilege, target: u64, host: u64) {
         let entry = &self.fetches[privilege as usize][index(target) % FETCH_ENTRIES];
-        let global = entry.tag == (target & PAGE_MASK) | 1 && entry.gpa & mark::GLOBAL != 0;
+        let global = self.is_valid(entry, target) && entry.gpa & mark::GLOBAL != 0;
         self.jumps
             .insert(&mut self.frame, privilege as usize, target, host, global);
     }
@@ -368,7 +397,7 @@ impl Tlb {
 mod tests {
     use super::*;
 
-    fn tlb_with(linear: u64, gpa: u64, global: bool, large: bool) -> Tlb {
+    fn tlb_with(linear: u64, gpa: u64, global: bool, size: u64) -> Tlb {
         let mut tlb = Tlb::default();
         let host = 0x10_0000 as *mut u8;
         tlb.insert(
@@ -378,7 +407,7 @@ mod tests {
             gpa,
             host,
             global,
-            large,
+            size,
         );
         tlb
     }
@@ -389,7 +418,7 @@ mod tests {
 
     #[test]
     fn a_hit_gives_the_host_address() {
-        let tlb = tlb_with(0x7000, 0x3000, false, false);
+        let tlb = tlb_with(0x7000, 0x3000, false, PAGE);
         let entry = tlb.lookup(0x7123, Privilege::User, Access::Write).unwrap();
         assert_eq!((entry.host as u64, entry.gpa), (0x10_0123, 0x3123));
         assert!(tlb.lookup(0x7123, Privilege::User, Access::Read).is_none());
@@ -402,7 +431,7 @@ mod tests {
 
     #[test]
     fn flushes_respect_global_entries() {
-        let mut tlb = tlb_with(0x7000, 0x3000, true, false);
+        let mut tlb = tlb_with(0x7000, 0x3000, true, PAGE);
         tlb.flush_non_global();
         assert!(present(&tlb, 0x7000));
         tlb.flush_page(0x7fff);
@@ -411,14 +440,72 @@ mod tests {
 
     #[test]
     fn one_page_of_a_large_page_flushes_all_of_it() {
-        let mut tlb = tlb_with(0x7000, 0x3000, false, true);
+        let mut tlb = tlb_with(0x7000, 0x3000, false, 2 << 20);
+        tlb.flush_page(0x20_0000);
+        assert!(present(&tlb, 0x7000));
         tlb.flush_page(0x9000);
+        assert!(!present(&tlb, 0x7000));
+        let mut tlb = tlb_with(0x7000, 0x3000, false, 1 << 30);
+        tlb.flush_page(1 << 30);
+        assert!(present(&tlb, 0x7000));
+        tlb.flush_page(0x20_0000);
         assert!(!present(&tlb, 0x7000));
     }
 
     #[test]
+    fn a_slot_may_change_sides() {
+        let mut tlb = tlb_with(0x7000, 0x3000, true, PAGE);
+        let insert = |tlb: &mut Tlb, global| {
+            let host = 0x10_0000 as *mut u8;
+            tlb.insert(
+                0x7000,
+                Privilege::User,
+                Access::Write,
+                0x3000,
+                host,
+                global,
+                PAGE,
+            );
+        };
+        insert(&mut tlb, false);
+        tlb.tidy();
+        tlb.flush_non_global();
+        assert!(!present(&tlb, 0x7000));
+        insert(&mut tlb, false);
+        insert(&mut tlb, true);
+        tlb.flush_non_global();
+        assert!(present(&tlb, 0x7000));
+        tlb.flush_all();
+        assert!(!present(&tlb, 0x7000));
+    }
+
+    #[test]
+    fn fetches_go_with_their_flushes() {
+        let mut tlb = Tlb::default();
+        let host = 0x10_0000 as *mut u8;
+        for (linear, global) in [(0x7000, false), (0x8000, true)] {
+            tlb.insert(
+                linear,
+                Privilege::User,
+                Access::Fetch,
+                0x3000,
+                host,
+                global,
+                PAGE,
+            );
+        }
+        let found =
+            |tlb: &Tlb, linear| tlb.lookup(linear, Privilege::User, Access::Fetch).is_some();
+        assert!(found(&tlb, 0x7000) && found(&tlb, 0x8000));
+        tlb.flush_non_global();
+        assert!(!found(&tlb, 0x7000) && found(&tlb, 0x8000));
+        tlb.flush_all();
+        assert!(!found(&tlb, 0x8000));
+    }
+
+    #[test]
     fn revoking_removes_only_that_access_to_that_page() {
-        let mut tlb = tlb_with(0x7000, 0x3000, false, false);
+        let mut tlb = tlb_with(0x7000, 0x3000, false, PAGE);
         tlb.revoke(0x3000, Access::Read);
         tlb.revoke(0x4000, Access::Write);
         assert!(present(&tlb, 0x7000));

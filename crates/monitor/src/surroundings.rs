@@ -28,9 +28,6 @@ use crate::shadow_pages::{Fill, ShadowPages};
 use crate::signals::attention;
 use crate::statistics::Exits;
 
-/// PAUSE instructions after which the thread gives up its turn.
-const PAUSES_PER_YIELD: u32 = 16;
-
 /// The bit of a `watch` trace's cookie that says that nobody stops there: accesses are reported
 /// ([`trapline_memory::watch`]), and that is all. Without it, it is a debugger's watchpoint.
 pub const REPORT_ONLY: u64 = 1 << 63;
@@ -56,7 +53,6 @@ pub struct Surroundings {
     pub watchpoint_hit: Option<u64>,
     /// What the sensed write that follows will write.
     announced: Vec<u8>,
-    pauses: u32,
 }
 
 /// The range of a span.
@@ -111,7 +107,6 @@ impl Surroundings {
             exits: Exits::default(),
             watchpoint_hit: None,
             announced: Vec::new(),
-            pauses: 0,
         }
     }
 
@@ -361,7 +356,6 @@ impl Environment for Surroundings {
                 backing: Backing::Sensed(host),
             });
         }
-        let large = page.size > 4096;
         tlb.insert(
             linear,
             privilege,
@@ -369,7 +363,7 @@ impl Environment for Surroundings {
             page.gpa,
             host_page,
             page.global,
-            large,
+            page.size,
         );
         Ok(Translation {
             gpa,
@@ -622,10 +616,7 @@ impl Environment for Surroundings {
     }
 
     fn pause(&mut self) {
-        self.pauses += 1;
-        if self.pauses.is_multiple_of(PAUSES_PER_YIELD) {
-            std::thread::yield_now();
-        }
+        std::thread::yield_now();
     }
 }
 

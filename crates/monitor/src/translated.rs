@@ -8,7 +8,7 @@ use trapline_engine::access::{Core, Fault};
 use trapline_engine::env::Environment;
 use trapline_engine::step::events::Event;
 use trapline_engine::step::run::{Turn, run_one};
-use trapline_engine::translate::{Context, Entry, Left, Site, may_run, run};
+use trapline_engine::translate::{Context, Entry, Left, Site, finish_branch, may_run, run};
 use trapline_trace::Attention;
 use trapline_x86::state::Activity;
 
@@ -113,9 +113,12 @@ impl Vcpu {
                         self.cpu.rip = target;
                         self.came_from = From::Jump;
                     }
-                    Some(Site::Step { rip }) => {
+                    Some(Site::Branch { rip, effect }) => {
                         self.cpu.rip = rip;
-                        self.step();
+                        let (tlb, around) = (&mut self.tlb, &mut self.surroundings);
+                        if !finish_branch(&mut Core::new(&mut self.cpu, tlb, around), effect) {
+                            self.step();
+                        }
                         self.came_from = From::Jump;
                     }
                     Some(Site::Attention { rip }) => {

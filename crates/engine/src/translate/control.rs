@@ -8,7 +8,7 @@ use crate::decode::op::{OpKind, RegOperand};
 use crate::frame::field;
 
 use super::assembler::{Mem, reg};
-use super::emit::Emitter;
+use super::emit::{Emitter, StackEffect};
 use super::memory::{Address, Look};
 use super::registers::{ADDRESS, COUNT, GUEST_RBP, GUEST_RSP, INDEX, STACK, home, host};
 
@@ -48,6 +48,7 @@ impl Emitter<'_> {
                 Mnemonic::Cli | Mnemonic::Swapgs => self.context.ring0,
                 Mnemonic::Vzeroupper => self.context.avx,
                 Mnemonic::Pushfq => i.code() == Code::Pushfq && self.bmi2,
+                Mnemonic::Pause => true,
                 m => is_prefetch(m),
             },
             _ => false,
@@ -68,12 +69,12 @@ impl Emitter<'_> {
             }
             OpKind::JumpIndirect => {
                 self.load_operand(op);
-                self.find_target();
+                self.find_target(StackEffect::None);
                 self.asm.jump_register(COUNT);
             }
             OpKind::CallIndirect => {
                 self.load_operand(op);
-                self.find_target();
+                self.find_target(StackEffect::Push(op.instruction.next_ip()));
                 self.asm.store(Mem::field(field::TARGET), COUNT);
                 self.push_constant(op.instruction.next_ip());
                 self.asm.jump_mem(Mem::field(field::TARGET));
@@ -81,7 +82,7 @@ impl Emitter<'_> {
             OpKind::Return(extra) => {
                 self.look_up(self.stack(0, false));
                 self.asm.load(ADDRESS, Mem::base(ADDRESS, 0));
-                self.find_target();
+                self.find_target(StackEffect::Pop(8 + u32::from(extra)));
                 self.asm.lea(STACK, Mem::base(STACK, 8 + i32::from(extra)));
                 self.asm.jump_register(COUNT);
             }
@@ -100,6 +101,7 @@ impl Emitter<'_> {
                     self.asm.store(kernel, INDEX);
                 }
                 Mnemonic::Pushfq => self.push_flags(),
+                Mnemonic::Pause => self.pause(op),
                 Mnemonic::Vzeroupper => {
                     self.ensure_vectors();
                     self.asm.raw(&[0xc5, 0xf8, 0x77]);
@@ -109,6 +111,22 @@ impl Emitter<'_> {
             OpKind::Frame if op.instruction.mnemonic() == Mnemonic::Leave => self.leave_frame(),
             _ => {}
         }
+    }
+
+    /// Counts, and lets a helper hear of it now and then.
+    fn pause(&mut self, op: &Op) {
+        let counter = Mem::field(field::PAUSES);
+        let count = self.asm.label();
+        self.asm.load(COUNT, counter);
+        self.asm.unless_rcx_zero(|a| {
+            a.jump(count);
+        });
+        self.assist(op);
+        // The helper leaves, or goes on elsewhere, behind the instruction.
+        self.asm.bind(count);
+        self.asm.lea(COUNT, Mem::base(COUNT, -1));
+        self.asm.store(counter, COUNT);
+        self.asm.raw(&[0xf3, 0x90]);
     }
 
     /// A stack slot at a displacement from RSP.

@@ -30,10 +30,21 @@ pub enum Site {
     },
     /// A branch to this address that was not in the jump table.
     Jump { target: u64 },
-    /// The instruction at this address is to be stepped.
-    Step { rip: u64 },
+    /// An indirect branch at this address whose target, in [`field::TARGET`], was not in the jump
+    /// table. Nothing but the target has been computed; see [`super::finish_branch`].
+    Branch { rip: u64, effect: StackEffect },
     /// At a block's start: something asks for attention.
     Attention { rip: u64 },
+}
+
+/// What an indirect branch does to the stack.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum StackEffect {
+    None,
+    /// RSP grows by so many bytes.
+    Pop(u32),
+    /// This return address is pushed.
+    Push(u64),
 }
 
 /// Code that is emitted behind the block.
@@ -445,14 +456,14 @@ impl Emitter<'_> {
     }
 
     /// Finds the code for the guest address in ADDRESS: its host address goes to RCX. If there is
-    /// none in the table, the instruction is stepped.
-    pub(super) fn find_target(&mut self) {
+    /// none in the table, [`Site::Branch`] leaves.
+    pub(super) fn find_target(&mut self, effect: StackEffect) {
         let rip = self
             .block
             .ops
             .get(self.operation)
             .map_or(self.block.rip, |op| op.instruction.ip());
-        let miss = self.leave(Site::Step { rip });
+        let miss = self.leave(Site::Branch { rip, effect });
         let table = self.context.jump_table();
         let a = &mut self.asm;
         a.zero_extend16(INDEX, ADDRESS);
@@ -487,12 +498,17 @@ impl Emitter<'_> {
                 }
                 Deferred::Leave { label, site } => {
                     self.asm.bind(label);
-                    if let Some(Site::Link {
-                        patch, unlinked, ..
-                    }) = self.sites.get_mut(site)
-                    {
-                        let next = i64::from(*patch) - i64::from(self.offset) + 4;
-                        *unlinked = (self.asm.here() as i64 - next) as i32;
+                    match self.sites.get_mut(site) {
+                        Some(Site::Link {
+                            patch, unlinked, ..
+                        }) => {
+                            let next = i64::from(*patch) - i64::from(self.offset) + 4;
+                            *unlinked = (self.asm.here() as i64 - next) as i32;
+                        }
+                        Some(Site::Branch { .. }) => {
+                            self.asm.store(Mem::field(field::TARGET), ADDRESS);
+                        }
+                        _ => {}
                     }
                     let number = self.first_site + site;
                     self.asm.mov_immediate(COUNT, number as u64);

@@ -36,8 +36,8 @@ use crate::native::host::Host;
 use crate::native::{NativeCode, NativeError, ThunkError, fault};
 use crate::tlb::{Privilege, data_table};
 use assembler::Assembler;
-pub use emit::Site;
-pub use run::{Entry, Left, run};
+pub use emit::{Site, StackEffect};
+pub use run::{Entry, Left, finish_branch, run};
 use stubs::Stubs;
 
 /// Bytes of executable memory for one VCPU's translations.

@@ -8,11 +8,11 @@
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use trapline_x86::control::rflags;
-use trapline_x86::state::Activity;
+use trapline_x86::state::{Activity, Gpr};
 use trapline_x86::vector::MXCSR_RESET;
 use trapline_x86::{CpuState, SegmentRegister};
 
-use super::emit::leaves;
+use super::emit::{StackEffect, leaves};
 use super::stubs::exit;
 use crate::access::{Core, Fault};
 use crate::decode::Op;
@@ -135,6 +135,39 @@ pub unsafe fn run<E: Environment>(
         },
         site => Left::Site(site),
     }
+}
+
+/// Executes an indirect branch that left by [`super::Site::Branch`]; whether it did. If not, nothing has
+/// changed and the instruction must be stepped, which raises what there is to raise.
+pub fn finish_branch<E: Environment>(core: &mut Core<'_, E>, effect: StackEffect) -> bool {
+    let target = core.tlb.frame().get(field::TARGET);
+    if !CpuState::is_canonical(target) {
+        return false;
+    }
+    match effect {
+        StackEffect::None => {}
+        StackEffect::Pop(bytes) => {
+            let stack = core.cpu.gpr(Gpr::Rsp).wrapping_add(u64::from(bytes));
+            core.cpu.set_gpr(Gpr::Rsp, stack);
+        }
+        StackEffect::Push(next) => {
+            // Only what needs no event: the rest has its order.
+            let stack = core.cpu.gpr(Gpr::Rsp).wrapping_sub(8);
+            let privilege = Privilege::of_data(core.cpu);
+            if stack & 4095 > 4088 {
+                return false;
+            }
+            let Some(host) = core.tlb.host(stack, privilege, true) else {
+                return false;
+            };
+            // SAFETY: the TLB holds what may be written directly, and the eight bytes are on one
+            // page.
+            unsafe { host.cast::<u64>().write_unaligned(next) };
+            core.cpu.set_gpr(Gpr::Rsp, stack);
+        }
+    }
+    core.cpu.rip = target;
+    true
 }
 
 /// A look-up missed: translates, so that it hits when it is repeated. Anything but 0 leaves

@@ -29,7 +29,7 @@ impl Rig {
         let (privilege, access) = (Privilege::Supervisor, Access::Read);
         let host = 0x10_0000 as *mut u8;
         self.tlb
-            .insert(LINEAR, privilege, access, gpa, host, false, false);
+            .insert(LINEAR, privilege, access, gpa, host, false, 4096);
     }
 
     /// Derives what stands at `offset` of the page and looks it up once.

@@ -16,6 +16,7 @@ use trapline_x86::{CpuState, Exception, Gpr, Mode};
 
 use crate::access::{Core, Fault};
 use crate::env::Environment;
+use crate::frame::field;
 use crate::step::address::{self, register_value, set_register};
 use crate::step::segments::{self, require_kernel};
 use crate::step::{Executed, Flow, events, io, syscall, transfer, xstate};
@@ -402,6 +403,9 @@ fn cache<E: Environment>(core: &mut Core<'_, E>, instr: &Instruction) -> Execute
     Ok(Flow::Next)
 }
 
+/// PAUSE instructions after which the environment hears of it: some microseconds of spinning.
+const PAUSES_PER_TURN: u64 = 64;
+
 /// HLT, PAUSE, SERIALIZE.
 fn processor<E: Environment>(core: &mut Core<'_, E>, instr: &Instruction) -> Executed {
     match instr.mnemonic() {
@@ -411,7 +415,14 @@ fn processor<E: Environment>(core: &mut Core<'_, E>, instr: &Instruction) -> Exe
             Ok(Flow::Stop)
         }
         Mnemonic::Pause => {
-            core.env.pause();
+            let frame = core.tlb.frame_mut();
+            let left = frame.get(field::PAUSES);
+            if left == 0 {
+                frame.set(field::PAUSES, PAUSES_PER_TURN);
+                core.env.pause();
+            } else {
+                frame.set(field::PAUSES, left - 1);
+            }
             Ok(Flow::Next)
         }
         _ => Ok(Flow::Leave),

@@ -14,7 +14,7 @@ use trapline_engine::env::{Backing, Environment, MsrFault, Restart, Span, Transl
 use trapline_engine::native::{NativeCode, ThunkError};
 use trapline_engine::step::run::{Turn, run, run_one};
 use trapline_engine::tlb::{Access, Privilege, Tlb};
-use trapline_engine::translate::{self, BlockId, Context, Left, Site, Translator};
+use trapline_engine::translate::{self, BlockId, Context, Left, Site, Translator, finish_branch};
 use trapline_x86::control::{cr0, cr4, efer};
 use trapline_x86::exception::page_fault;
 use trapline_x86::segment::Rights;
@@ -102,7 +102,7 @@ impl Environment for Surroundings {
         }
         let host = self.memory.0[page].as_mut_ptr();
         if self.backed == Backed::Direct {
-            tlb.insert(linear, privilege, access, linear, host, false, false);
+            tlb.insert(linear, privilege, access, linear, host, false, 4096);
         }
         let host = host.wrapping_add(linear as usize % PAGE);
         Ok(Translation {
@@ -330,7 +330,7 @@ impl Engine {
         };
         match self.left_by.take() {
             Some(Site::Link { .. }) => translator.link(self.site, id),
-            Some(Site::Jump { .. } | Site::Step { .. }) => {
+            Some(Site::Jump { .. } | Site::Branch { .. }) => {
                 let address = translator.address(id).expect("a live block");
                 self.tlb.insert_jump(context.privilege, block.rip, address);
             }
@@ -356,7 +356,14 @@ impl Engine {
                         self.cpu.rip = rip;
                         return Turn::Continue;
                     }
-                    Some(Site::Step { rip }) => rip,
+                    Some(Site::Branch { rip, effect }) => {
+                        self.cpu.rip = rip;
+                        let mut core = Core::new(&mut self.cpu, &mut self.tlb, &mut self.around);
+                        if finish_branch(&mut core, effect) {
+                            return Turn::Continue;
+                        }
+                        rip
+                    }
                     other => panic!("{other:?}"),
                 }
             }
