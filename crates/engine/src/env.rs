@@ -148,6 +148,11 @@ pub trait Environment {
         false
     }
 
+    /// Whether there may be an interrupt to take as soon as RFLAGS.IF allows.
+    fn is_interrupt_due(&self) -> bool {
+        false
+    }
+
     /// The guest has executed many PAUSE instructions, so it spins. With more VCPUs than processors
     /// the thread may give up its turn.
     fn pause(&mut self);

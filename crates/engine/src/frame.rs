@@ -25,6 +25,8 @@ const TABLE_BYTES: usize = SLOTS * 8;
 pub const TLB_TABLES: usize = 6;
 /// Jump tables: one for each privilege.
 pub const JUMP_TABLES: usize = 3;
+/// Cells, each for one target of jumps and calls to a constant address.
+pub const JUMP_CELLS: usize = 1 << 17;
 
 /// Offsets of the fields in bytes from the first one.
 pub mod field {
@@ -67,12 +69,16 @@ pub mod field {
     pub const MISSED: i32 = 256;
     /// RFLAGS.IF, 0 or 1.
     pub const INTERRUPTS: i32 = 264;
-    /// RFLAGS without the status flags, IF and the bit that is always set.
+    /// RFLAGS without the status flags, IF, AC and the bit that is always set.
     pub const OTHER_FLAGS: i32 = 272;
     /// IA32_KERNEL_GS_BASE.
     pub const KERNEL_GS_BASE: i32 = 280;
     /// PAUSE instructions to go until the thread may give up its turn.
     pub const PAUSES: i32 = 288;
+    /// RFLAGS.AC, 0 or 1.
+    pub const ACCESS: i32 = 296;
+    /// Not 0 if there may be an interrupt to take as soon as RFLAGS.IF allows.
+    pub const INTERRUPT_DUE: i32 = 304;
     /// The tables begin.
     pub const TABLES: i32 = 4096;
 }
@@ -95,8 +101,12 @@ pub const fn jump_hosts(table: usize) -> i32 {
     jump_targets(table) + TABLE_BYTES as i32
 }
 
-const FIELD_BYTES: usize =
-    field::TABLES as usize + (2 * TLB_TABLES + 2 * JUMP_TABLES) * TABLE_BYTES;
+/// Offset of a cell: the host address where a jump goes.
+pub const fn jump_cell(cell: u32) -> i32 {
+    jump_targets(JUMP_TABLES) + (cell as i32 & (JUMP_CELLS as i32 - 1)) * 8
+}
+
+const FIELD_BYTES: usize = jump_targets(JUMP_TABLES) as usize + JUMP_CELLS * 8;
 const BYTES: usize = STACK_BYTES + FIELD_BYTES;
 
 /// What an empty slot holds: no address with this index gives an offset below 4096 when it is
@@ -243,7 +253,8 @@ mod tests {
     #[test]
     fn tables_do_not_overlap() {
         let last = jump_hosts(JUMP_TABLES - 1) as usize + TABLE_BYTES;
-        assert_eq!(last, FIELD_BYTES);
+        assert_eq!(last, jump_cell(0) as usize);
+        assert_eq!(jump_cell(JUMP_CELLS as u32 - 1) as usize + 8, FIELD_BYTES);
         assert_eq!(
             jump_targets(0),
             tlb_hosts(TLB_TABLES - 1) + TABLE_BYTES as i32

@@ -355,10 +355,45 @@ impl Tlb {
     /// `host` without asking, until the translation of the target's page may have changed. Call
     /// after a fetch from there was translated.
     pub fn insert_jump(&mut self, privilege: Privilege, target: u64, host: u64) {
-        let entry = &self.fetches[privilege as usize][index(target) % FETCH_ENTRIES];
-        let global = self.is_valid(entry, target) && entry.gpa & mark::GLOBAL != 0;
+        let global = self.is_fetched_global(privilege, target);
         self.jumps
             .insert(&mut self.frame, privilege as usize, target, host, global);
+    }
+
+    /// Whether the page of `target`, from which was just fetched, is known to be global.
+    fn is_fetched_global(&self, privilege: Privilege, target: u64) -> bool {
+        let fetch = match privilege {
+            Privilege::User => Privilege::User,
+            _ => Privilege::Supervisor,
+        };
+        let entry = &self.fetches[fetch as usize][index(target) % FETCH_ENTRIES];
+        self.is_valid(entry, target) && entry.gpa & mark::GLOBAL != 0
+    }
+
+    /// The cell through which generated code of the context with this number jumps to a constant
+    /// target. Until [`Self::fill_cell`] it leads to `leave`. `None`: there are too many.
+    pub fn jump_cell(&mut self, number: u8, target: u64, leave: u64) -> Option<u32> {
+        self.jumps.cell(&mut self.frame, number, target, leave)
+    }
+
+    /// As [`Self::insert_jump`], for what jumps through a cell; in vain if the cell is not for this
+    /// context and target.
+    pub fn fill_cell(
+        &mut self,
+        cell: u32,
+        privilege: Privilege,
+        number: u8,
+        target: u64,
+        host: u64,
+    ) {
+        let global = self.is_fetched_global(privilege, target);
+        self.jumps
+            .fill(&mut self.frame, cell, number, target, host, global);
+    }
+
+    /// Forgets what cells are for. No generated code may use them any more.
+    pub fn forget_cells(&mut self) {
+        self.jumps.forget_cells(&mut self.frame);
     }
 
     /// From now on code with `privilege` runs in the context with this number. Jumps that were

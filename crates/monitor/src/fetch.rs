@@ -265,7 +265,8 @@ impl Vcpu {
         let Some(translator) = &mut self.surroundings.code.translator else {
             return Err(ThunkError::Unsupported);
         };
-        let id = translator.translate(block, bytes, context, page, &mut self.native)?;
+        let id =
+            translator.translate(block, bytes, context, page, &mut self.native, &mut self.tlb)?;
         self.statistics.translated_blocks += 1;
         self.statistics.translated_bytes += u64::from(translator.code_bytes(id));
         Ok(id)
@@ -304,7 +305,7 @@ impl Vcpu {
         self.surroundings.remove_released();
         self.native.reset();
         self.tlb.bump_epoch();
-        self.tlb.remove_jumps();
+        self.tlb.forget_cells();
         self.code_drops += 1;
     }
 

@@ -615,6 +615,10 @@ impl Environment for Surroundings {
         self.look_for_interrupts && cpu.interrupts_enabled()
     }
 
+    fn is_interrupt_due(&self) -> bool {
+        self.look_for_interrupts
+    }
+
     fn pause(&mut self) {
         std::thread::yield_now();
     }

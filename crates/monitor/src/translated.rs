@@ -21,6 +21,8 @@ use crate::vcpu::Vcpu;
 pub(crate) enum From {
     /// A branch within the page, to be linked: the site, and how often code had been dropped.
     Link(u64, u64),
+    /// A jump to a constant address through this cell.
+    Cell(u32),
     /// A branch to be found in the jump table from now on.
     Jump,
     /// Something else.
@@ -109,9 +111,9 @@ impl Vcpu {
                         self.cpu.rip = target;
                         self.came_from = From::Link(number, self.code_drops);
                     }
-                    Some(Site::Jump { target }) => {
+                    Some(Site::Jump { target, cell }) => {
                         self.cpu.rip = target;
-                        self.came_from = From::Jump;
+                        self.came_from = From::Cell(cell);
                     }
                     Some(Site::Branch { rip, effect }) => {
                         self.cpu.rip = rip;
@@ -161,12 +163,18 @@ impl Vcpu {
             translator.link(site, id);
         }
         let entry = translator.entry(id)?;
-        if let From::Jump = from
-            && block.second.is_none()
+        if block.second.is_none()
             && let Some(address) = translator.address(id)
         {
-            self.tlb
-                .insert_jump(context.privilege, self.cpu.rip, address);
+            let (privilege, rip) = (context.privilege, self.cpu.rip);
+            match from {
+                From::Jump => self.tlb.insert_jump(privilege, rip, address),
+                From::Cell(cell) => {
+                    let number = context.number();
+                    self.tlb.fill_cell(cell, privilege, number, rip, address);
+                }
+                _ => {}
+            }
         }
         Some(entry)
     }

@@ -1,7 +1,8 @@
 //! Decoding a run of guest bytes into a block.
 
 use iced_x86::{
-    Code, Decoder, DecoderError, DecoderOptions, Instruction, InstructionInfoFactory, Register,
+    Code, Decoder, DecoderError, DecoderOptions, Instruction, InstructionInfoFactory, Mnemonic,
+    Register,
 };
 use trapline_x86::Mode;
 
@@ -98,7 +99,7 @@ pub fn decode(
             tracing::debug!(target: "decode", rip = format_args!("{:#x}", instruction.ip()), %instruction, ?mode, allowed, "undefined instruction");
         }
         len = decoder.position();
-        let end = op.ends_block();
+        let end = op.ends_block() && !(native.is_none() && goes_on_translated(&op));
         ops.push(op);
         if end {
             break;
@@ -116,6 +117,16 @@ pub fn decode(
         ops,
         len: len as u32,
     }))
+}
+
+/// Whether the operation ends a block only for the sake of those who step.
+fn goes_on_translated(op: &Op) -> bool {
+    use Mnemonic as M;
+    op.kind == OpKind::System
+        && matches!(
+            op.instruction.mnemonic(),
+            M::Cli | M::Sti | M::Pause | M::Swapgs | M::Vzeroupper
+        )
 }
 
 /// The decoder takes 90 with F3 for PAUSE whatever REX.B says, which makes it XCHG of R8 and the

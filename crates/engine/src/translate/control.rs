@@ -7,10 +7,12 @@ use crate::decode::Op;
 use crate::decode::op::{OpKind, RegOperand};
 use crate::frame::field;
 
+use super::Context;
 use super::assembler::{Mem, reg};
 use super::emit::{Emitter, StackEffect};
 use super::memory::{Address, Look};
 use super::registers::{ADDRESS, COUNT, GUEST_RBP, GUEST_RSP, INDEX, STACK, home, host};
+use crate::tlb::Privilege;
 
 /// Hints that access nothing as far as the guest can tell.
 fn is_prefetch(mnemonic: Mnemonic) -> bool {
@@ -46,6 +48,9 @@ impl Emitter<'_> {
             OpKind::Frame => i.code() == Code::Leaveq,
             OpKind::System => match i.mnemonic() {
                 Mnemonic::Cli | Mnemonic::Swapgs => self.context.ring0,
+                // Interrupts are held off for one more instruction, which must be in this block.
+                Mnemonic::Sti => self.context.ring0 && self.is_followed(),
+                Mnemonic::Stac | Mnemonic::Clac => self.context.ring0 && self.context.smap,
                 Mnemonic::Vzeroupper => self.context.avx,
                 Mnemonic::Pushfq => i.code() == Code::Pushfq && self.bmi2,
                 Mnemonic::Pause => true,
@@ -89,6 +94,9 @@ impl Emitter<'_> {
             OpKind::Push => self.push(op),
             OpKind::Pop => self.pop(op),
             OpKind::System => match op.instruction.mnemonic() {
+                Mnemonic::Sti => self.allow_interrupts(op),
+                Mnemonic::Stac => self.allow_access(op, true),
+                Mnemonic::Clac => self.allow_access(op, false),
                 Mnemonic::Cli => self.asm.store_immediate32(Mem::field(field::INTERRUPTS), 0),
                 Mnemonic::Swapgs => {
                     let (user, kernel) = (
@@ -111,6 +119,33 @@ impl Emitter<'_> {
             OpKind::Frame if op.instruction.mnemonic() == Mnemonic::Leave => self.leave_frame(),
             _ => {}
         }
+    }
+
+    /// STI: a helper executes it if that may let an interrupt in.
+    fn allow_interrupts(&mut self, op: &Op) {
+        let (kept, assist) = (self.keep(op), self.stubs.assist);
+        let a = &mut self.asm;
+        a.load(COUNT, Mem::field(field::INTERRUPT_DUE));
+        a.unless_rcx_zero(|a| {
+            a.mov_immediate(COUNT, kept);
+            a.call_address(assist);
+        });
+        a.store_immediate32(Mem::field(field::INTERRUPTS), 1);
+    }
+
+    /// STAC and CLAC: the code behind them is that of another context.
+    fn allow_access(&mut self, op: &Op, allowed: bool) {
+        let context = Context {
+            privilege: if allowed {
+                Privilege::SupervisorOpen
+            } else {
+                Privilege::Supervisor
+            },
+            ..self.context
+        };
+        self.asm
+            .store_immediate32(Mem::field(field::ACCESS), i32::from(allowed));
+        self.jump_through_cell(context, op.instruction.next_ip());
     }
 
     /// Counts, and lets a helper hear of it now and then.
@@ -219,7 +254,12 @@ impl Emitter<'_> {
         a.store_ax(Mem::field(field::KEPT_FLAGS));
         a.mov(reg::RAX, COUNT);
         a.load_byte(INDEX, Mem::field(field::KEPT_FLAGS + 1));
-        for (field, bit) in [(field::KEPT_FLAGS, 11), (field::INTERRUPTS, 9)] {
+        let bits = [
+            (field::KEPT_FLAGS, 11),
+            (field::INTERRUPTS, 9),
+            (field::ACCESS, 18),
+        ];
+        for (field, bit) in bits {
             a.load_byte(COUNT, Mem::field(field));
             a.shift_left_flagless(COUNT, bit);
             a.lea(INDEX, sum);

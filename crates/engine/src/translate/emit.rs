@@ -4,7 +4,7 @@ use iced_x86::{Encoder, InstructionInfoFactory, Mnemonic};
 
 use crate::decode::op::{OpKind, StateCheck};
 use crate::decode::{Block, Op};
-use crate::frame::{field, jump_hosts, jump_targets};
+use crate::frame::{field, jump_cell, jump_hosts, jump_targets};
 use crate::native::form::{Form, STATUS};
 
 use super::Context;
@@ -14,6 +14,8 @@ use super::plain::Plan;
 use super::registers::{ADDRESS, COUNT, INDEX};
 use super::stubs::Stubs;
 use crate::decode::op::FlatAddress;
+use crate::native::ThunkError;
+use crate::tlb::Tlb;
 
 /// How generated code leaves, other than through a helper.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -28,8 +30,8 @@ pub enum Site {
         /// Goes back or to itself: must poll.
         backward: bool,
     },
-    /// A branch to this address that was not in the jump table.
-    Jump { target: u64 },
+    /// A jump to this address whose cell was empty.
+    Jump { target: u64, cell: u32 },
     /// An indirect branch at this address whose target, in [`field::TARGET`], was not in the jump
     /// table. Nothing but the target has been computed; see [`super::finish_branch`].
     Branch { rip: u64, effect: StackEffect },
@@ -92,6 +94,9 @@ pub(super) struct Emitter<'a> {
     pub stubs: &'a Stubs,
     pub context: Context,
     pub bmi2: bool,
+    tlb: &'a mut Tlb,
+    /// There were too few cells.
+    full: bool,
     pub encoder: &'a mut Encoder,
     pub deferred: Vec<Deferred>,
     /// The index of the operation being emitted.
@@ -124,20 +129,28 @@ pub(super) struct Request<'a> {
     pub offset: u32,
     /// The number that the first site gets.
     pub first_site: usize,
+    /// Gives out cells.
+    pub tlb: &'a mut Tlb,
 }
 
-/// Emits a block; `None` if it cannot be (a displacement out of reach).
+/// Emits a block.
+///
+/// # Errors
+/// [`ThunkError::Full`] if there are too few cells, [`ThunkError::Unsupported`] if a displacement is
+/// out of reach.
 pub(super) fn emit(
     request: Request<'_>,
     encoder: &mut Encoder,
     factory: &mut InstructionInfoFactory,
-) -> Option<Emitted> {
+) -> Result<Emitted, ThunkError> {
     let block = request.block;
     let mut emitter = Emitter {
         asm: Assembler::new(request.start),
         stubs: request.stubs,
         context: request.context,
         bmi2: request.bmi2,
+        tlb: request.tlb,
+        full: false,
         encoder,
         deferred: Vec::new(),
         operation: 0,
@@ -157,7 +170,6 @@ pub(super) fn emit(
     let mut open = true;
     for (n, (op, treatment)) in block.ops.iter().zip(treatments).enumerate() {
         emitter.operation = n;
-        // CLI ends a block only for the sake of those who step.
         let goes_on = matches!(treatment, Treatment::Own) && op.kind == OpKind::System;
         let goes_on = goes_on || !leaves(op);
         emitter.point(n);
@@ -173,10 +185,13 @@ pub(super) fn emit(
         emitter.go_to(next);
     }
     emitter.finish_deferred();
-    if !emitter.asm.finish() {
-        return None;
+    if emitter.full {
+        return Err(ThunkError::Full);
     }
-    Some(Emitted {
+    if !emitter.asm.finish() {
+        return Err(ThunkError::Unsupported);
+    }
+    Ok(Emitted {
         bytes: emitter.asm.bytes,
         entry,
         points: emitter.points,
@@ -199,6 +214,7 @@ impl Emitter<'_> {
         let mut treatments = Vec::with_capacity(self.block.ops.len());
         let mut effects = Vec::with_capacity(self.block.ops.len());
         for op in &self.block.ops {
+            self.operation = treatments.len();
             let form = Form::of(&op.instruction, factory);
             let treatment = self.treatment(op, form.as_ref());
             effects.push(match (&treatment, &form) {
@@ -361,12 +377,23 @@ impl Emitter<'_> {
     /// Lets a helper execute the operation.
     pub(super) fn assist(&mut self, op: &Op) {
         tracing::trace!(target: "assist", instruction = %op.instruction, kind = ?op.kind, "left to a helper");
+        let kept = self.keep(op);
+        self.asm.mov_immediate(COUNT, kept);
+        self.asm.call_address(self.stubs.assist);
+        self.vectors_here = false;
+    }
+
+    /// Keeps a copy of the operation for helpers, and gives its address.
+    pub(super) fn keep(&mut self, op: &Op) -> u64 {
         let op = Box::new(op.clone());
         let pointer: *const Op = &*op;
         self.assisted.push(op);
-        self.asm.mov_immediate(COUNT, pointer as u64);
-        self.asm.call_address(self.stubs.assist);
-        self.vectors_here = false;
+        pointer as u64
+    }
+
+    /// Whether another operation of the block follows the current one.
+    pub(super) fn is_followed(&self) -> bool {
+        self.operation + 1 < self.block.ops.len()
     }
 
     /// Whether a direct branch to `target` needs no look at the translation of its page: that of
@@ -426,33 +453,22 @@ impl Emitter<'_> {
             let at = self.asm.jump(label);
             self.linked(site, at);
         } else {
-            self.jump_through_table(target);
+            self.jump_through_cell(self.context, target);
         }
     }
 
-    /// Jumps to a constant address through the jump table.
-    fn jump_through_table(&mut self, target: u64) {
-        let miss = self.leave(Site::Jump { target });
-        let table = self.context.jump_table();
-        let slot = (target & 0xffff) as i32 * 8;
-        let a = &mut self.asm;
-        let index = match i32::try_from(target as i64) {
-            Ok(displacement) => Mem::base(COUNT, displacement),
-            Err(_) => {
-                a.mov_immediate(ADDRESS, target);
-                Mem {
-                    base: Some(COUNT),
-                    index: Some((ADDRESS, 0)),
-                    displacement: 0,
-                }
-            }
+    /// Jumps to a constant address, to code of another context perhaps, through its cell.
+    pub(super) fn jump_through_cell(&mut self, context: Context, target: u64) {
+        let leave = self.stubs.leave;
+        let Some(cell) = self.tlb.jump_cell(context.number(), target, leave) else {
+            self.full = true;
+            return;
         };
-        a.load(COUNT, Mem::field(jump_targets(table) + slot));
-        a.lea(COUNT, index);
-        a.unless_rcx_zero(|a| {
-            a.jump(miss);
-        });
-        a.jump_mem(Mem::field(jump_hosts(table) + slot));
+        let number = self.first_site + self.sites.len();
+        self.sites.push(Site::Jump { target, cell });
+        // An empty cell leads to the way out, which takes the site's number in RCX.
+        self.asm.mov_immediate(COUNT, number as u64);
+        self.asm.jump_mem(Mem::field(jump_cell(cell)));
     }
 
     /// Finds the code for the guest address in ADDRESS: its host address goes to RCX. If there is
@@ -516,7 +532,7 @@ impl Emitter<'_> {
                 }
                 Deferred::Jump { label, target } => {
                     self.asm.bind(label);
-                    self.jump_through_table(target);
+                    self.jump_through_cell(self.context, target);
                 }
             }
             n += 1;

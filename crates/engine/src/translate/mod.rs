@@ -34,7 +34,7 @@ use crate::decode::op::OpKind;
 use crate::native::arena::Arena;
 use crate::native::host::Host;
 use crate::native::{NativeCode, NativeError, ThunkError, fault};
-use crate::tlb::{Privilege, data_table};
+use crate::tlb::{Privilege, Tlb, data_table};
 use assembler::Assembler;
 pub use emit::{Site, StackEffect};
 pub use run::{Entry, Left, finish_branch, run};
@@ -50,6 +50,8 @@ pub struct Context {
     pub privilege: Privilege,
     /// The current privilege level is 0.
     pub ring0: bool,
+    /// CR4.SMAP.
+    pub smap: bool,
     /// SSE, AVX and AVX-512 instructions do not fault.
     pub sse: bool,
     pub avx: bool,
@@ -80,6 +82,7 @@ impl Context {
         Self {
             privilege: Privilege::of_data(cpu),
             ring0: cpu.cpl() == 0,
+            smap: cpu.cr4 & cr4::SMAP != 0,
             sse,
             avx: extended(0x6),
             avx512: extended(0xe6),
@@ -93,6 +96,7 @@ impl Context {
             | u8::from(self.avx) << 3
             | u8::from(self.avx512) << 4
             | u8::from(self.ring0) << 5
+            | u8::from(self.smap) << 6
     }
 
     fn data_table(self, write: bool) -> usize {
@@ -166,7 +170,7 @@ impl Translator {
     /// this number.
     ///
     /// # Errors
-    /// [`ThunkError::Full`]: forget every block, call [`Self::reset`], retry.
+    /// [`ThunkError::Full`]: forget every block, call [`Self::reset`] and [`Tlb::forget_cells`], retry.
     pub fn translate(
         &mut self,
         block: &Block,
@@ -174,6 +178,7 @@ impl Translator {
         context: Context,
         page: u64,
         native: &mut NativeCode,
+        tlb: &mut Tlb,
     ) -> Result<BlockId, ThunkError> {
         let start = self.arena.next();
         let offset = start.wrapping_sub(self.arena.start()) as u32;
@@ -186,9 +191,9 @@ impl Translator {
             start,
             offset,
             first_site: self.sites.len(),
+            tlb,
         };
-        let emitted = emit::emit(request, &mut self.encoder, &mut self.factory)
-            .ok_or(ThunkError::Unsupported)?;
+        let emitted = emit::emit(request, &mut self.encoder, &mut self.factory)?;
         let mut assisted = emitted.assisted;
         for op in &mut assisted {
             if op.thunk.is_some()

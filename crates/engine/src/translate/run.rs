@@ -51,9 +51,10 @@ fn enter_frame(cpu: &CpuState, frame: &mut Frame) {
     let others = cpu.rflags & 0xd5 | 2;
     frame.set(field::FLAGS, overflow | others << 8);
     frame.set(field::INTERRUPTS, cpu.rflags >> 9 & 1);
+    frame.set(field::ACCESS, cpu.rflags >> 18 & 1);
     frame.set(
         field::OTHER_FLAGS,
-        cpu.rflags & !(STATUS | rflags::IF | rflags::ONE),
+        cpu.rflags & !(STATUS | rflags::IF | rflags::AC | rflags::ONE),
     );
     frame.set(field::FS_BASE, cpu.seg[SegmentRegister::Fs as usize].base);
     frame.set(field::GS_BASE, cpu.seg[SegmentRegister::Gs as usize].base);
@@ -70,7 +71,9 @@ fn leave_frame(cpu: &mut CpuState, frame: &Frame) {
     cpu.seg[SegmentRegister::Gs as usize].base = frame.get(field::GS_BASE);
     cpu.msr.kernel_gs_base = frame.get(field::KERNEL_GS_BASE);
     let interrupts = (frame.get(field::INTERRUPTS) & 1) << 9;
-    cpu.rflags = cpu.rflags & !(STATUS | rflags::IF) | status | interrupts;
+    let access = (frame.get(field::ACCESS) & 1) << 18;
+    let kept = cpu.rflags & !(STATUS | rflags::IF | rflags::AC);
+    cpu.rflags = kept | status | interrupts | access;
 }
 
 /// Where to begin.
@@ -102,6 +105,7 @@ pub unsafe fn run<E: Environment>(
     frame.set(field::MISS, miss::<E> as *const () as u64);
     frame.set(field::ASSIST, assist::<E> as *const () as u64);
     frame.set(field::VECTORS_AWAY, 1);
+    frame.set(field::INTERRUPT_DUE, u64::from(core.env.is_interrupt_due()));
     frame.set(field::HOST_MXCSR, u64::from(MXCSR_RESET));
     let stack_pointer = frame.stack_pointer();
     let mut context = Context {
@@ -236,9 +240,7 @@ extern "sysv64" fn assist<E: Environment>(context: *mut Context<'_, '_, E>, op: 
     let next = op.instruction.next_ip();
     context.turn = match result {
         Ok(Flow::Next) if !core.leave_block && !leaves(op) => {
-            let frame = core.tlb.frame_mut();
-            enter_frame(core.cpu, frame);
-            frame.set(field::VECTORS_AWAY, 1);
+            reenter(core);
             return 0;
         }
         Ok(Flow::Next | Flow::Leave) => {
@@ -260,14 +262,21 @@ extern "sysv64" fn assist<E: Environment>(context: *mut Context<'_, '_, E>, op: 
     if context.turn == Turn::Continue
         && let Some(address) = next_translated(core)
     {
-        let frame = core.tlb.frame_mut();
-        enter_frame(core.cpu, frame);
-        frame.set(field::VECTORS_AWAY, 1);
-        frame.set(field::RETURN, address);
+        reenter(core);
+        core.tlb.frame_mut().set(field::RETURN, address);
         return 0;
     }
     core.tlb.frame_mut().set(field::EXIT, exit::MOVED);
     1
+}
+
+/// A helper has changed the registers, and translated code goes on.
+fn reenter<E: Environment>(core: &mut Core<'_, E>) {
+    let due = core.env.is_interrupt_due();
+    let frame = core.tlb.frame_mut();
+    enter_frame(core.cpu, frame);
+    frame.set(field::VECTORS_AWAY, 1);
+    frame.set(field::INTERRUPT_DUE, u64::from(due));
 }
 
 /// Where translated code goes on at RIP, if nobody needs to have a look before and the jump table

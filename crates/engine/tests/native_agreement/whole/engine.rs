@@ -310,17 +310,17 @@ impl Engine {
             Some(&id) => id,
             None => {
                 let native = &mut self.native;
-                let made = translator.translate(block, bytes, context, 1, native);
+                let made = translator.translate(block, bytes, context, 1, native, &mut self.tlb);
                 let id = match made {
                     Ok(id) => id,
                     Err(_) => {
                         translator.reset();
                         native.reset();
                         self.translated.clear();
-                        self.tlb.remove_jumps();
+                        self.tlb.forget_cells();
                         self.left_by = None;
                         translator
-                            .translate(block, bytes, context, 1, native)
+                            .translate(block, bytes, context, 1, native, &mut self.tlb)
                             .expect("room for one block")
                     }
                 };
@@ -330,7 +330,13 @@ impl Engine {
         };
         match self.left_by.take() {
             Some(Site::Link { .. }) => translator.link(self.site, id),
-            Some(Site::Jump { .. } | Site::Branch { .. }) => {
+            Some(Site::Jump { cell, .. }) => {
+                let address = translator.address(id).expect("a live block");
+                let (privilege, number) = (context.privilege, context.number());
+                self.tlb
+                    .fill_cell(cell, privilege, number, block.rip, address);
+            }
+            Some(Site::Branch { .. }) => {
                 let address = translator.address(id).expect("a live block");
                 self.tlb.insert_jump(context.privilege, block.rip, address);
             }
@@ -347,7 +353,7 @@ impl Engine {
                 self.site = number;
                 self.left_by = translator.site(number);
                 match self.left_by {
-                    Some(Site::Link { target, .. } | Site::Jump { target }) => {
+                    Some(Site::Link { target, .. } | Site::Jump { target, .. }) => {
                         self.cpu.rip = target;
                         return Turn::Continue;
                     }
@@ -379,7 +385,7 @@ impl Engine {
                 translator.reset();
                 self.translated.clear();
                 self.left_by = None;
-                self.tlb.remove_jumps();
+                self.tlb.forget_cells();
                 self.native.reset();
                 let native = Some(&mut self.native);
                 decode(bytes, step_at, Mode::Long64, &self.features, native, 1)
