@@ -11,6 +11,7 @@ use trapline_machine::config::{
 };
 use trapline_machine::gdb::GdbAddress;
 use trapline_machine::keyed;
+use trapline_machine::seccomp::Seccomp;
 use trapline_machine::semantics::{NoticeDelays, TraceSemantics};
 use trapline_machine::watch::WatchSpec;
 
@@ -186,6 +187,12 @@ pub struct RunArguments {
     #[arg(long, value_name = "[ADDRESS:]PORT")]
     pub gdb: Option<GdbAddress>,
 
+    /// Let the host's kernel refuse what a running machine does not need (a seccomp filter)
+    ///
+    /// A violation ends the process with exit status 71; with log, the kernel only notes it.
+    #[arg(long, value_enum, default_value_t = Filter::True)]
+    pub seccomp: Filter,
+
     /// Stop the machine after this many seconds
     #[arg(long, value_name = "SECONDS", value_parser = seconds)]
     pub timeout: Option<Duration>,
@@ -227,6 +234,16 @@ pub enum Notify {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Filter {
+    /// Refuse it
+    True,
+    /// Do without a filter
+    False,
+    /// Allow it, and note it in the kernel's log
+    Log,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum ExtraDevice {
     /// A test device that copies guest memory by DMA
     DmaProbe,
@@ -265,6 +282,11 @@ impl RunArguments {
             watch_log: self.watch_log.clone(),
             notice_delays: self.debug_notice_delay.clone().unwrap_or_default(),
             gdb: self.gdb.clone(),
+            seccomp: match self.seccomp {
+                Filter::True => Seccomp::Enforce,
+                Filter::False => Seccomp::Off,
+                Filter::Log => Seccomp::Log,
+            },
         }
     }
 }
@@ -350,7 +372,11 @@ mod tests {
 
     #[test]
     fn defaults() {
-        assert_eq!(parse(&[]).unwrap(), MachineConfig::new("k"));
+        let expected = MachineConfig {
+            seccomp: Seccomp::Enforce,
+            ..MachineConfig::new("k")
+        };
+        assert_eq!(parse(&[]).unwrap(), expected);
     }
 
     #[test]
@@ -370,6 +396,7 @@ mod tests {
             "--watch-log=w",
             "--debug-notice-delay=code=7",
             "--gdb=1234",
+            "--seccomp=log",
             "--timeout=1.5",
             "--stats=s",
             "--events=e",
@@ -398,6 +425,7 @@ mod tests {
             watch_log: Some("w".into()),
             notice_delays: "code=7".parse().unwrap(),
             gdb: Some("127.0.0.1:1234".parse().unwrap()),
+            seccomp: Seccomp::Log,
         };
         assert_eq!(config.unwrap(), expected);
     }
@@ -425,6 +453,7 @@ mod tests {
             ("--timeout=nan", "positive"),
             ("--timeout=1e300", "positive"),
             ("--engine=fast", "translate"),
+            ("--seccomp=maybe", "log"),
             ("--device=disk", "dma-probe"),
             ("--log=a=b=c", "level"),
             ("--trace-semantics=code", "'code'"),

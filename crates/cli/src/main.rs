@@ -62,6 +62,7 @@ fn start_and_wait(
     config.validate()?;
     let stop = StopHandle::new();
     terminal::restore_on_panic();
+    trapline_machine::seccomp::on_violation(terminal::restore_if_free);
     signals::watch(&stop)?;
     signals::survive_file_limit();
     let control = Arc::new(Control::default());

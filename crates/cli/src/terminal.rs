@@ -48,6 +48,15 @@ pub fn restore() {
     }
 }
 
+/// As [`restore`], unless someone is just doing it: for signal handlers, which may not wait.
+pub fn restore_if_free() {
+    if let Ok(saved) = SAVED.try_lock()
+        && let Some(Saved { terminal, modes }) = saved.as_ref()
+    {
+        let _ = termios::tcsetattr(terminal, OptionalActions::Now, modes);
+    }
+}
+
 /// Restores the terminal before a panic's message is printed.
 pub fn restore_on_panic() {
     static ONCE: Once = Once::new();

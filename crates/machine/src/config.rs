@@ -6,6 +6,7 @@ use std::time::Duration;
 use thiserror::Error;
 
 use crate::gdb::GdbAddress;
+use crate::seccomp::Seccomp;
 use crate::semantics::{NoticeDelays, TraceSemantics};
 use crate::watch::{WatchError, WatchSpec};
 
@@ -98,6 +99,8 @@ pub struct MachineConfig {
     pub notice_delays: NoticeDelays,
     /// Where a gdb stub listens.
     pub gdb: Option<GdbAddress>,
+    /// How this process is confined once the machine's files are open.
+    pub seccomp: Seccomp,
 }
 
 /// A configuration from which no machine can be built.
@@ -145,6 +148,7 @@ impl MachineConfig {
             watch_log: None,
             notice_delays: NoticeDelays::default(),
             gdb: None,
+            seccomp: Seccomp::default(),
         }
     }
 

@@ -11,6 +11,7 @@ pub mod load;
 mod machine;
 pub mod outcome;
 mod platform;
+pub mod seccomp;
 pub mod semantics;
 pub mod sharing;
 mod statistics;

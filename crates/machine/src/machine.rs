@@ -31,6 +31,7 @@ use crate::gdb::{Debugger, GdbServer};
 use crate::load::{self, LoadRequest};
 use crate::outcome::{MachineError, Outcome};
 use crate::platform::Buses;
+use crate::seccomp;
 use crate::sharing::PageSharing;
 use crate::statistics::Report;
 use crate::stop::StopHandle;
@@ -104,7 +105,8 @@ fn run_with(
         Some(log)
     };
     control.configure(config).map_err(ConfigError::from)?;
-    let mut report = Report::start();
+    let mut report = Report::start(config.stats.as_deref())?;
+    seccomp::confine(config.seccomp)?;
     let end = loop {
         let machine = Machine::build(
             config,
@@ -131,9 +133,7 @@ fn run_with(
     if let Some(events) = events {
         report.events(events.finish());
     }
-    if let Some(path) = &config.stats {
-        report.write(path)?;
-    }
+    report.write()?;
     Ok(match end {
         End::PowerOff => Outcome::PowerOff,
         End::DebugExit(value) => Outcome::DebugExit(value),

@@ -1,6 +1,8 @@
 //! What `--stats` writes: one JSON object at exit.
 
-use std::path::Path;
+use std::fs::File;
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use serde_json::{Value, json};
@@ -16,17 +18,29 @@ use crate::outcome::MachineError;
 /// Totals over a run, resets included.
 pub struct Report {
     start: Instant,
+    file: Option<(PathBuf, File)>,
     runs: Vec<Value>,
     events: Value,
 }
 
 impl Report {
-    pub fn start() -> Self {
-        Self {
+    /// Starts counting, for an object that [`Self::write`] writes to `path`.
+    ///
+    /// # Errors
+    /// The file cannot be created. That is done here because a confined process cannot.
+    pub fn start(path: Option<&Path>) -> Result<Self, MachineError> {
+        let file = path
+            .map(|path| {
+                let file = File::create(path).map_err(|source| unwritable(path, source))?;
+                Ok::<_, MachineError>((path.to_owned(), file))
+            })
+            .transpose()?;
+        Ok(Self {
             start: Instant::now(),
+            file,
             runs: Vec::new(),
             events: Value::Null,
-        }
+        })
     }
 
     /// Adds what the machine did between power-up or reset and its end.
@@ -45,21 +59,29 @@ impl Report {
         self.events = events;
     }
 
-    /// Writes the object.
+    /// Writes the object, if it was asked for.
     ///
     /// # Errors
     /// The file cannot be written.
-    pub fn write(&self, path: &Path) -> Result<(), MachineError> {
+    pub fn write(self) -> Result<(), MachineError> {
+        let Some((path, mut file)) = self.file else {
+            return Ok(());
+        };
         let object = json!({
             "host_seconds": self.start.elapsed().as_secs_f64(),
             "boots": self.runs,
             "events": self.events,
         });
-        std::fs::write(path, format!("{object:#}\n")).map_err(|source| MachineError::Host {
-            what: format!("to write {} for --stats", path.display()),
-            remedy: "give a path that can be written",
-            source,
-        })
+        file.write_all(format!("{object:#}\n").as_bytes())
+            .map_err(|source| unwritable(&path, source))
+    }
+}
+
+fn unwritable(path: &Path, source: io::Error) -> MachineError {
+    MachineError::Host {
+        what: format!("to write {} for --stats", path.display()),
+        remedy: "give a path that can be written",
+        source,
     }
 }
 
