@@ -79,6 +79,10 @@ pub mod field {
     pub const ACCESS: i32 = 296;
     /// Not 0 if there may be an interrupt to take as soon as RFLAGS.IF allows.
     pub const INTERRUPT_DUE: i32 = 304;
+    /// Host addresses that several accesses of a block share.
+    pub const SHARED: i32 = 312;
+    /// How many of them.
+    pub const SHARED_COUNT: usize = 4;
     /// The tables begin.
     pub const TABLES: i32 = 4096;
 }

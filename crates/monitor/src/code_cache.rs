@@ -68,8 +68,8 @@ pub enum Form {
     Decoded,
     /// One operation.
     Single,
-    /// Host code, for the context with this number.
-    Translated(u8),
+    /// Host code, for the context with this number; whether it shares no look-ups.
+    Translated(u8, bool),
 }
 
 /// What a block is found by. Decoded operations hold absolute branch targets, so the instruction

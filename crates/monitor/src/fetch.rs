@@ -4,11 +4,11 @@
 use std::rc::Rc;
 
 use trapline_engine::access::{Core, Fault};
-use trapline_engine::decode::{Block, DecodeEnd, decode};
+use trapline_engine::decode::{DecodeEnd, decode};
 use trapline_engine::env::Backing;
 use trapline_engine::native::ThunkError;
 use trapline_engine::tlb::{Access, Privilege};
-use trapline_engine::translate::{BlockId, Context};
+use trapline_engine::translate::{BlockId, Context, Source};
 use trapline_trace::{Kind, Range, Sense, TraceId, VcpuSet};
 use trapline_x86::{CpuState, Exception, Mode};
 
@@ -25,8 +25,8 @@ pub(crate) enum Wanted {
     Decoded,
     /// One operation.
     Single,
-    /// Host code.
-    Translated(Context),
+    /// Host code; whether such as shares no look-ups.
+    Translated(Context, bool),
 }
 
 impl Wanted {
@@ -34,7 +34,7 @@ impl Wanted {
         match self {
             Self::Decoded => Form::Decoded,
             Self::Single => Form::Single,
-            Self::Translated(context) => Form::Translated(context.number()),
+            Self::Translated(context, unshared) => Form::Translated(context.number(), unshared),
         }
     }
 }
@@ -56,7 +56,7 @@ impl Vcpu {
         } else {
             self.cpu.cs().base.wrapping_add(self.cpu.rip) & 0xffff_ffff
         };
-        let translated = matches!(wanted, Wanted::Translated(_));
+        let translated = matches!(wanted, Wanted::Translated(..));
         let context = self.context(matches!(wanted, Wanted::Single));
         // Flat segments make offset and linear address the same; for others the base belongs to
         // what the jump cache must compare, so it is keyed by the linear address.
@@ -229,8 +229,16 @@ impl Vcpu {
             let len = block.len as usize;
             if now[..len] == bytes[..len] {
                 let translated = match wanted {
-                    Wanted::Translated(context) => {
-                        match self.translate_block(&block, &now[..len], context, key.gpa >> 12) {
+                    Wanted::Translated(context, unshared) => {
+                        let page = key.gpa >> 12;
+                        let source = Source {
+                            block: &block,
+                            guest: &now[..len],
+                            context,
+                            page,
+                            unshared,
+                        };
+                        match self.translate_block(source) {
                             Ok(id) => Some(id),
                             Err(ThunkError::Full) => {
                                 self.release(traces);
@@ -255,18 +263,11 @@ impl Vcpu {
         }
     }
 
-    fn translate_block(
-        &mut self,
-        block: &Block,
-        bytes: &[u8],
-        context: Context,
-        page: u64,
-    ) -> Result<BlockId, ThunkError> {
+    fn translate_block(&mut self, source: Source<'_>) -> Result<BlockId, ThunkError> {
         let Some(translator) = &mut self.surroundings.code.translator else {
             return Err(ThunkError::Unsupported);
         };
-        let id =
-            translator.translate(block, bytes, context, page, &mut self.native, &mut self.tlb)?;
+        let id = translator.translate(source, &mut self.native, &mut self.tlb)?;
         self.statistics.translated_blocks += 1;
         self.statistics.translated_bytes += u64::from(translator.code_bytes(id));
         Ok(id)
@@ -289,7 +290,7 @@ impl Vcpu {
             let (native, limit) = match wanted {
                 Wanted::Decoded => (Some(&mut self.native), usize::MAX),
                 Wanted::Single => (Some(&mut self.native), 1),
-                Wanted::Translated(_) => (None, usize::MAX),
+                Wanted::Translated(..) => (None, usize::MAX),
             };
             match decode(bytes, key.rip, key.mode, &self.features, native, limit) {
                 Ok(end) => return Ok(end),

@@ -139,10 +139,9 @@ impl Surroundings {
                 _ => {}
             },
             Notice::Revoke { page, sense } => {
-                for (on, access) in [(sense.write, Access::Write), (sense.read, Access::Read)] {
-                    if on {
-                        tlb.revoke(*page, access);
-                    }
+                tlb.revoke(*page, Access::Write);
+                if sense.read {
+                    tlb.revoke(*page, Access::Read);
                 }
                 if sense.read {
                     descriptors.reads_are_sensed(*page);
@@ -349,7 +348,12 @@ impl Environment for Surroundings {
         };
         let host = host_page.wrapping_add((linear & 0xfff) as usize);
         // What is fetched is decoded under a trace of its own; reading it needs no hold.
-        let direct = access == Access::Fetch || self.memory.hold(self.vcpu, gpa, sense(access));
+        // What may be written directly may be read through the same translation.
+        let held = match access {
+            Access::Write => Sense::BOTH,
+            _ => Sense::READ,
+        };
+        let direct = access == Access::Fetch || self.memory.hold(self.vcpu, gpa, held);
         if !direct {
             return Ok(Translation {
                 gpa,

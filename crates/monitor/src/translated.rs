@@ -19,8 +19,9 @@ use crate::vcpu::Vcpu;
 /// What is known about where translated code came from when the next block is looked for.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) enum From {
-    /// A branch within the page, to be linked: the site, and how often code had been dropped.
-    Link(u64, u64),
+    /// A branch within the page, to be linked: the site, how often code had been dropped, and
+    /// whether it leads to the translation that shares no look-ups.
+    Link(u64, u64, bool),
     /// A jump to a constant address through this cell.
     Cell(u32),
     /// A branch to be found in the jump table from now on.
@@ -63,7 +64,8 @@ impl Vcpu {
                 }
                 continue;
             }
-            let block = match self.fetch(Wanted::Translated(context)) {
+            let unshared = matches!(self.came_from, From::Link(_, _, true));
+            let block = match self.fetch(Wanted::Translated(context, unshared)) {
                 Ok(block) => block,
                 Err(Fault::Restart) => {
                     self.surroundings.exits.restarts += 1;
@@ -107,9 +109,11 @@ impl Vcpu {
             Left::Site(number) => {
                 let translator = self.surroundings.code.translator.as_ref();
                 match translator.and_then(|t| t.site(number)) {
-                    Some(Site::Link { target, .. }) => {
+                    Some(Site::Link {
+                        target, unshared, ..
+                    }) => {
                         self.cpu.rip = target;
-                        self.came_from = From::Link(number, self.code_drops);
+                        self.came_from = From::Link(number, self.code_drops, unshared);
                     }
                     Some(Site::Jump { target, cell }) => {
                         self.cpu.rip = target;
@@ -157,7 +161,7 @@ impl Vcpu {
         let from = std::mem::take(&mut self.came_from);
         let id = block.translated?;
         let translator = self.surroundings.code.translator.as_mut()?;
-        if let From::Link(site, drops) = from
+        if let From::Link(site, drops, _) = from
             && drops == self.code_drops
         {
             translator.link(site, id);

@@ -22,6 +22,8 @@ pub(crate) struct Form {
     /// General-purpose registers, a bit each in the order of their encoding.
     pub gpr_used: u16,
     pub gpr_written: u16,
+    /// Those whose value, or a part of it, matters or stays.
+    pub gpr_read: u16,
     /// Those used other than by an operand that could name another register.
     pub gpr_fixed: u16,
     /// AH, CH, DH or BH is an operand: no REX prefix possible.
@@ -91,6 +93,7 @@ impl Form {
             memory: memory_operands == 1 && !lea,
             gpr_used: 0,
             gpr_written: 0,
+            gpr_read: 0,
             gpr_fixed: 0,
             high_byte: false,
             vector_used: 0,
@@ -178,6 +181,9 @@ impl Form {
                 self.gpr_used |= gpr;
                 if written {
                     self.gpr_written |= gpr;
+                }
+                if used.access() != OpAccess::Write || register.size() < 4 {
+                    self.gpr_read |= gpr;
                 }
             } else if register.is_vector_register() {
                 let bit = 1u32.checked_shl(register.number() as u32)?;

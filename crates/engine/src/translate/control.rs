@@ -10,8 +10,9 @@ use crate::frame::field;
 use super::Context;
 use super::assembler::{Mem, reg};
 use super::emit::{Emitter, StackEffect};
-use super::memory::{Address, Look};
+use super::memory::{Address, Look, flat_access};
 use super::registers::{ADDRESS, COUNT, GUEST_RBP, GUEST_RSP, INDEX, STACK, home, host};
+use super::shared::{Effect, access};
 use crate::tlb::Privilege;
 
 /// Hints that access nothing as far as the guest can tell.
@@ -60,6 +61,56 @@ impl Emitter<'_> {
         }
     }
 
+    /// What an operation that [`Self::own_is_possible`] allows means for shared look-ups.
+    pub(super) fn own_effect(&self, op: &Op) -> Effect {
+        let i = &op.instruction;
+        let push = Effect {
+            accesses: [None, access(GUEST_RSP, -8, 8, true)],
+            adjusted: Some((GUEST_RSP, -8)),
+            ..Effect::default()
+        };
+        let operand = op
+            .flat
+            .filter(|_| i.op0_kind() == Operand::Memory)
+            .and_then(|flat| flat_access(&flat, 8, false));
+        match op.kind {
+            OpKind::Call => push,
+            OpKind::JumpIndirect => Effect {
+                accesses: [operand, None],
+                ..Effect::default()
+            },
+            OpKind::Push | OpKind::CallIndirect => Effect {
+                accesses: [operand, push.accesses[1]],
+                ..push
+            },
+            OpKind::Return(_) => Effect {
+                accesses: [None, access(GUEST_RSP, 0, 8, false)],
+                ..Effect::default()
+            },
+            OpKind::Pop => {
+                let register = RegOperand::new(i.op0_register());
+                let guest = register.map_or(GUEST_RSP, |r| usize::from(r.index));
+                Effect {
+                    accesses: [None, access(GUEST_RSP, 0, 8, false)],
+                    written: 1 << guest,
+                    adjusted: Some((GUEST_RSP, 8)),
+                    ..Effect::default()
+                }
+            }
+            OpKind::Frame => Effect {
+                accesses: [access(GUEST_RBP, 0, 8, false), None],
+                written: 1 << GUEST_RBP | 1 << GUEST_RSP,
+                ..Effect::default()
+            },
+            OpKind::System if i.mnemonic() == Mnemonic::Pushfq => push,
+            OpKind::System if i.mnemonic() == Mnemonic::Pause => Effect {
+                barrier: true,
+                ..Effect::default()
+            },
+            _ => Effect::default(),
+        }
+    }
+
     /// Emits an operation that [`Self::own_is_possible`] allows.
     pub(super) fn own(&mut self, op: &Op) {
         match op.kind {
@@ -85,8 +136,8 @@ impl Emitter<'_> {
                 self.asm.jump_mem(Mem::field(field::TARGET));
             }
             OpKind::Return(extra) => {
-                self.look_up(self.stack(0, false));
-                self.asm.load(ADDRESS, Mem::base(ADDRESS, 0));
+                let at = self.locate(1, self.stack(0, false));
+                self.asm.load(ADDRESS, Mem::base(ADDRESS, at));
                 self.find_target(StackEffect::Pop(8 + u32::from(extra)));
                 self.asm.lea(STACK, Mem::base(STACK, 8 + i32::from(extra)));
                 self.asm.jump_register(COUNT);
@@ -177,15 +228,18 @@ impl Emitter<'_> {
     /// Loads the 64-bit operand into ADDRESS.
     fn load_operand(&mut self, op: &Op) {
         if let Some(register) = RegOperand::new(op.instruction.op0_register()) {
+            self.address_holds = None;
             self.load_guest(ADDRESS, usize::from(register.index));
         } else if let Some(flat) = op.flat {
-            self.look_up(Look {
+            let look = Look {
                 address: Address::Flat(flat),
                 size: 8,
                 write: false,
                 keep_flags: self.flags_live(),
-            });
-            self.asm.load(ADDRESS, Mem::base(ADDRESS, 0));
+            };
+            let at = self.locate(0, look);
+            self.asm.load(ADDRESS, Mem::base(ADDRESS, at));
+            self.address_holds = None;
         }
     }
 
@@ -197,8 +251,8 @@ impl Emitter<'_> {
     }
 
     fn push_constant(&mut self, value: u64) {
-        self.look_up(self.stack(-8, true));
-        let slot = Mem::base(ADDRESS, 0);
+        let at = self.locate(1, self.stack(-8, true));
+        let slot = Mem::base(ADDRESS, at);
         match i32::try_from(value as i64) {
             Ok(value) => self.asm.store_immediate(slot, value),
             Err(_) => {
@@ -217,7 +271,7 @@ impl Emitter<'_> {
                     return;
                 };
                 let guest = usize::from(register.index);
-                self.look_up(self.stack(-8, true));
+                let at = self.locate(1, self.stack(-8, true));
                 let from = match host(guest) {
                     Some(host) => host,
                     None => {
@@ -225,15 +279,15 @@ impl Emitter<'_> {
                         COUNT
                     }
                 };
-                self.asm.store(Mem::base(ADDRESS, 0), from);
+                self.asm.store(Mem::base(ADDRESS, at), from);
                 self.asm.lea(STACK, Mem::base(STACK, -8));
             }
             Operand::Memory => {
                 self.load_operand(op);
                 self.asm.store(Mem::field(field::SPILL), ADDRESS);
-                self.look_up(self.stack(-8, true));
+                let at = self.locate(1, self.stack(-8, true));
                 self.asm.load(COUNT, Mem::field(field::SPILL));
-                self.asm.store(Mem::base(ADDRESS, 0), COUNT);
+                self.asm.store(Mem::base(ADDRESS, at), COUNT);
                 self.asm.lea(STACK, Mem::base(STACK, -8));
             }
             _ => self.push_constant(i.immediate(0)),
@@ -242,7 +296,7 @@ impl Emitter<'_> {
 
     /// PUSHFQ: neither VM nor RF is ever set here.
     fn push_flags(&mut self) {
-        self.look_up(self.stack(-8, true));
+        let at = self.locate(1, self.stack(-8, true));
         let a = &mut self.asm;
         let sum = Mem {
             base: Some(INDEX),
@@ -266,7 +320,7 @@ impl Emitter<'_> {
         }
         a.load(COUNT, Mem::field(field::OTHER_FLAGS));
         a.lea(INDEX, sum);
-        a.store(Mem::base(ADDRESS, 0), INDEX);
+        a.store(Mem::base(ADDRESS, at), INDEX);
         a.lea(STACK, Mem::base(STACK, -8));
     }
 
@@ -275,8 +329,8 @@ impl Emitter<'_> {
             return;
         };
         let guest = usize::from(register.index);
-        self.look_up(self.stack(0, false));
-        let slot = Mem::base(ADDRESS, 0);
+        let at = self.locate(1, self.stack(0, false));
+        let slot = Mem::base(ADDRESS, at);
         match host(guest) {
             Some(host) => self.asm.load(host, slot),
             None => {
@@ -291,13 +345,14 @@ impl Emitter<'_> {
 
     fn leave_frame(&mut self) {
         let keep_flags = self.flags_live();
-        self.look_up(Look {
+        let look = Look {
             address: Address::Relative(GUEST_RBP, 0),
             size: 8,
             write: false,
             keep_flags,
-        });
-        self.asm.load(INDEX, Mem::base(ADDRESS, 0));
+        };
+        let at = self.locate(0, look);
+        self.asm.load(INDEX, Mem::base(ADDRESS, at));
         self.asm.lea(STACK, Mem::base(reg::RBP, 8));
         self.asm.mov(reg::RBP, INDEX);
     }

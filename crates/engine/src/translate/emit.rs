@@ -1,6 +1,6 @@
 //! Emits the code of one block.
 
-use iced_x86::{Encoder, InstructionInfoFactory, Mnemonic};
+use iced_x86::{Encoder, InstructionInfoFactory, Mnemonic, OpKind as Operand};
 
 use crate::decode::op::{OpKind, StateCheck};
 use crate::decode::{Block, Op};
@@ -9,9 +9,10 @@ use crate::native::form::{Form, STATUS};
 
 use super::Context;
 use super::assembler::{Assembler, Label, Mem, cond};
-use super::memory::{Address, Look};
+use super::memory::{Address, Look, flat_access};
 use super::plain::Plan;
 use super::registers::{ADDRESS, COUNT, INDEX};
+use super::shared::{Effect, Shares};
 use super::stubs::Stubs;
 use crate::decode::op::FlatAddress;
 use crate::native::ThunkError;
@@ -29,6 +30,8 @@ pub enum Site {
         target: u64,
         /// Goes back or to itself: must poll.
         backward: bool,
+        /// Leads to the translation that shares no look-ups.
+        unshared: bool,
     },
     /// A jump to this address whose cell was empty.
     Jump { target: u64, cell: u32 },
@@ -57,6 +60,16 @@ pub(super) enum Deferred {
         retry: Label,
         look: Look,
         operation: usize,
+        access: usize,
+    },
+    /// The look-up of a group's window missed.
+    Window {
+        label: Label,
+        found: Label,
+        window: Look,
+        look: Look,
+        operation: usize,
+        access: usize,
     },
     /// Leave by a site.
     Leave { label: Label, site: usize },
@@ -95,6 +108,10 @@ pub(super) struct Emitter<'a> {
     pub context: Context,
     pub bmi2: bool,
     tlb: &'a mut Tlb,
+    pub shares: Shares,
+    /// The group whose window's host address is in ADDRESS.
+    pub address_holds: Option<usize>,
+    unshared: bool,
     /// There were too few cells.
     full: bool,
     pub encoder: &'a mut Encoder,
@@ -129,6 +146,8 @@ pub(super) struct Request<'a> {
     pub offset: u32,
     /// The number that the first site gets.
     pub first_site: usize,
+    /// Each access is looked up by itself.
+    pub unshared: bool,
     /// Gives out cells.
     pub tlb: &'a mut Tlb,
 }
@@ -150,6 +169,9 @@ pub(super) fn emit(
         context: request.context,
         bmi2: request.bmi2,
         tlb: request.tlb,
+        shares: Shares::default(),
+        address_holds: None,
+        unshared: request.unshared,
         full: false,
         encoder,
         deferred: Vec::new(),
@@ -208,15 +230,43 @@ pub(super) fn leaves(op: &Op) -> bool {
     op.ends_block() && !reads_segment
 }
 
+/// The register to which the operation adds a constant, and nothing else.
+fn adjusted(op: &Op) -> Option<(usize, i32)> {
+    let i = &op.instruction;
+    let register = i.op0_register();
+    if i.op0_kind() != Operand::Register || !register.is_gpr64() {
+        return None;
+    }
+    let constant = |n: u32| i.try_immediate(n).ok().map(|value| value as i64);
+    let by = match i.mnemonic() {
+        Mnemonic::Inc => Some(1),
+        Mnemonic::Dec => Some(-1),
+        Mnemonic::Add => constant(1),
+        Mnemonic::Sub => constant(1).and_then(i64::checked_neg),
+        Mnemonic::Lea
+            if i.memory_base() == register
+                && i.memory_index() == iced_x86::Register::None
+                && op.flat.is_some() =>
+        {
+            Some(i.memory_displacement64() as i64)
+        }
+        _ => None,
+    };
+    Some((register.number(), i32::try_from(by?).ok()?))
+}
+
 impl Emitter<'_> {
     /// Decides what becomes of each operation, and which flags are live where.
     fn treat(&mut self, factory: &mut InstructionInfoFactory) -> Vec<Treatment> {
         let mut treatments = Vec::with_capacity(self.block.ops.len());
         let mut effects = Vec::with_capacity(self.block.ops.len());
+        let mut on_groups = Vec::with_capacity(self.block.ops.len());
+        let mut forms = Vec::with_capacity(self.block.ops.len());
         for op in &self.block.ops {
             self.operation = treatments.len();
             let form = Form::of(&op.instruction, factory);
             let treatment = self.treatment(op, form.as_ref());
+            on_groups.push(self.effect(op, form.as_ref(), &treatment));
             effects.push(match (&treatment, &form) {
                 (Treatment::Assist, _) => (STATUS, 0),
                 _ if op.instruction.mnemonic() == Mnemonic::Pushfq => (STATUS, 0),
@@ -226,6 +276,7 @@ impl Emitter<'_> {
                 _ => (0, 0),
             });
             treatments.push(treatment);
+            forms.push(form);
         }
         let mut live = STATUS;
         self.live = vec![0; effects.len()];
@@ -233,12 +284,56 @@ impl Emitter<'_> {
             live = live & !determined | read;
             self.live[n] = live;
         }
+        if !self.unshared && self.same_page(self.block.rip) {
+            self.shares = Shares::of(&on_groups);
+        }
         for (n, treatment) in treatments.iter_mut().enumerate() {
-            if let Treatment::Plain(_, Some(look)) = treatment {
-                look.keep_flags = self.live[n] != 0;
+            let Treatment::Plain(plan, Some(look)) = treatment else {
+                continue;
+            };
+            look.keep_flags = self.live[n] != 0;
+            // The operand is not where its window begins.
+            if let Some(share) = self.shares.share(n, 0)
+                && share.offset != 0
+                && let (Some(op), Some(form)) = (self.block.ops.get(n), &forms[n])
+            {
+                let displaced = Plan::of(form, &op.instruction, None, share.offset, self.encoder);
+                match displaced {
+                    Some(displaced) => **plan = displaced,
+                    // What could be encoded without a displacement can be with one.
+                    None => self.shares = Shares::default(),
+                }
             }
         }
         treatments
+    }
+
+    /// What an operation means for shared look-ups.
+    fn effect(&self, op: &Op, form: Option<&Form>, treatment: &Treatment) -> Effect {
+        match treatment {
+            Treatment::Assist => Effect {
+                barrier: true,
+                ..Effect::default()
+            },
+            Treatment::Own => self.own_effect(op),
+            Treatment::Plain(_, look) => {
+                let operand = look.and_then(|look| match look.address {
+                    Address::Flat(flat) => flat_access(&flat, look.size, look.write),
+                    Address::Relative(..) => None,
+                });
+                let adjusted = adjusted(op);
+                let written = form.map_or(u16::MAX, |form| form.gpr_written);
+                Effect {
+                    accesses: [operand, None],
+                    written: match adjusted {
+                        Some((register, _)) => written & !(1 << (register & 15)),
+                        None => written,
+                    },
+                    adjusted,
+                    barrier: false,
+                }
+            }
+        }
     }
 
     fn treatment(&mut self, op: &Op, form: Option<&Form>) -> Treatment {
@@ -302,7 +397,7 @@ impl Emitter<'_> {
         };
         let at = op.instruction.ip().wrapping_sub(self.block.rip) as usize;
         let original = self.guest.get(at..at + usize::from(op.len));
-        let plan = Plan::of(form, &op.instruction, original, self.encoder)?;
+        let plan = Plan::of(form, &op.instruction, original, 0, self.encoder)?;
         Some(Treatment::Plain(Box::new(plan), look))
     }
 
@@ -357,9 +452,12 @@ impl Emitter<'_> {
             self.ensure_vectors();
         }
         if let Some(look) = look {
-            self.look_up(look);
+            self.locate(0, look);
         }
         plan.emit(&mut self.asm);
+        if plan.uses_scratch() {
+            self.address_holds = None;
+        }
     }
 
     /// Loads the guest's vector registers unless they are there.
@@ -381,6 +479,7 @@ impl Emitter<'_> {
         self.asm.mov_immediate(COUNT, kept);
         self.asm.call_address(self.stubs.assist);
         self.vectors_here = false;
+        self.address_holds = None;
     }
 
     /// Keeps a copy of the operation for helpers, and gives its address.
@@ -423,8 +522,29 @@ impl Emitter<'_> {
             unlinked: 0,
             target,
             backward,
+            unshared: false,
         });
         (label, site)
+    }
+
+    /// Goes on with the current operation, in the translation that shares no look-ups.
+    pub(super) fn go_on_unshared(&mut self) {
+        let site = self.sites.len();
+        let label = self.leave(Site::Link {
+            patch: 0,
+            unlinked: 0,
+            target: self.rip(),
+            backward: false,
+            unshared: true,
+        });
+        let at = self.asm.jump(label);
+        self.linked(site, at);
+    }
+
+    /// Of the current operation.
+    fn rip(&self) -> u64 {
+        let op = self.block.ops.get(self.operation);
+        op.map_or(self.block.rip, |op| op.instruction.ip())
     }
 
     fn linked(&mut self, site: usize, at: usize) {
@@ -474,11 +594,7 @@ impl Emitter<'_> {
     /// Finds the code for the guest address in ADDRESS: its host address goes to RCX. If there is
     /// none in the table, [`Site::Branch`] leaves.
     pub(super) fn find_target(&mut self, effect: StackEffect) {
-        let rip = self
-            .block
-            .ops
-            .get(self.operation)
-            .map_or(self.block.rip, |op| op.instruction.ip());
+        let rip = self.rip();
         let miss = self.leave(Site::Branch { rip, effect });
         let table = self.context.jump_table();
         let a = &mut self.asm;
@@ -508,9 +624,23 @@ impl Emitter<'_> {
                     retry,
                     look,
                     operation,
+                    access,
                 } => {
+                    self.operation = operation;
                     self.point(operation);
-                    self.miss(label, retry, look);
+                    self.miss(label, retry, look, access);
+                }
+                Deferred::Window {
+                    label,
+                    found,
+                    window,
+                    look,
+                    operation,
+                    access,
+                } => {
+                    self.operation = operation;
+                    self.point(operation);
+                    self.window_missed(label, found, window, look, access);
                 }
                 Deferred::Leave { label, site } => {
                     self.asm.bind(label);

@@ -16,6 +16,7 @@ use crate::frame::{field, tlb_hosts, tlb_pages};
 use super::assembler::{Label, Mem, cond, reg};
 use super::emit::{Deferred, Emitter};
 use super::registers::{ADDRESS, COUNT, INDEX, home, host};
+use super::shared::{Access, access};
 
 /// Where an operand is.
 #[derive(Clone, Copy, Debug)]
@@ -36,6 +37,15 @@ pub struct Look {
     pub keep_flags: bool,
 }
 
+/// The access of a flat operand, if its distance from one register is constant.
+pub(super) fn flat_access(flat: &FlatAddress, size: u16, write: bool) -> Option<Access> {
+    let base = usize::from(flat.base);
+    let constant = flat.index == NO_REGISTER && flat.segment == NO_REGISTER && base < 16;
+    constant
+        .then(|| access(base, flat.displacement as i64, size, write))
+        .flatten()
+}
+
 /// The kind of an access as the helper gets it: table and size.
 pub fn kind(table: usize, size: u16) -> u32 {
     table as u32 | u32::from(size) << 8
@@ -44,6 +54,7 @@ pub fn kind(table: usize, size: u16) -> u32 {
 impl Emitter<'_> {
     /// Puts the linear address into ADDRESS. Flags stay; INDEX is clobbered.
     fn form_address(&mut self, address: Address) {
+        self.address_holds = None;
         let a = &mut self.asm;
         match address {
             Address::Relative(guest, displacement) => match host(guest) {
@@ -99,10 +110,63 @@ impl Emitter<'_> {
 
     /// Leaves the host address of the operand in ADDRESS. Clobbers INDEX and, where flags are
     /// kept, RCX.
-    pub(super) fn look_up(&mut self, look: Look) {
+    ///
+    /// For the operation's access with this number; if that belongs to a group, it is the host
+    /// address of the group's window. Gives the access's displacement from there.
+    pub(super) fn locate(&mut self, access: usize, look: Look) -> i32 {
+        let Some(share) = self.shares.share(self.operation, access) else {
+            self.look_up_at(look, access);
+            return 0;
+        };
+        let group = &self.shares.groups[share.group];
+        let kept = Mem::field(group.field);
+        if !share.leads {
+            if self.address_holds != Some(share.group) {
+                self.asm.load(ADDRESS, kept);
+                self.address_holds = Some(share.group);
+            }
+            return share.offset;
+        }
+        let window = Look {
+            address: Address::Relative(group.base, group.low),
+            size: (group.high - group.low) as u16,
+            write: group.write,
+            keep_flags: look.keep_flags,
+        };
+        let (miss, found) = (self.asm.label(), self.asm.label());
+        self.form_address(window.address);
+        self.find(window, miss);
+        self.asm.bind(found);
+        self.asm.store(kept, ADDRESS);
+        self.deferred.push(Deferred::Window {
+            label: miss,
+            found,
+            window,
+            look,
+            operation: self.operation,
+            access,
+        });
+        self.address_holds = Some(share.group);
+        share.offset
+    }
+
+    fn look_up_at(&mut self, look: Look, access: usize) {
         let (miss, retry) = (self.asm.label(), self.asm.label());
         self.form_address(look.address);
         self.asm.bind(retry);
+        self.find(look, miss);
+        self.deferred.push(Deferred::Miss {
+            label: miss,
+            retry,
+            look,
+            operation: self.operation,
+            access,
+        });
+    }
+
+    /// Turns the linear address in ADDRESS into the host's, or jumps to `miss`: to
+    /// [`Self::missed`].
+    fn find(&mut self, look: Look, miss: Label) {
         let parked = look.keep_flags && !self.bmi2;
         if parked {
             self.park_flags();
@@ -141,26 +205,83 @@ impl Emitter<'_> {
         if parked {
             self.unpark_flags();
         }
-        self.deferred.push(Deferred::Miss {
-            label: miss,
-            retry,
-            look,
-            operation: self.operation,
-        });
     }
 
     /// What a look-up does that missed.
-    pub(super) fn miss(&mut self, label: Label, retry: Label, look: Look) {
+    pub(super) fn miss(&mut self, label: Label, retry: Label, look: Look, access: usize) {
+        self.missed(label, look);
+        self.fill(look);
+        let gone = self.asm.label();
+        if self.renew(access, look.keep_flags, gone) {
+            self.form_address(look.address);
+            self.asm.jump(retry);
+            self.missed(gone, look);
+            self.go_on_unshared();
+        } else {
+            self.asm.jump(retry);
+        }
+    }
+
+    /// Looks up the windows again that are in use at an access, behind a helper. Whether there are
+    /// any.
+    fn renew(&mut self, access: usize, keep_flags: bool, gone: Label) -> bool {
+        let again: Vec<(Look, i32)> = self
+            .shares
+            .in_use((self.operation, access))
+            .map(|(group, low)| {
+                let window = Look {
+                    address: Address::Relative(group.base, low),
+                    size: (group.high - group.low) as u16,
+                    write: group.write,
+                    keep_flags,
+                };
+                (window, group.field)
+            })
+            .collect();
+        for &(window, kept) in &again {
+            self.form_address(window.address);
+            self.find(window, gone);
+            self.asm.store(Mem::field(kept), ADDRESS);
+        }
+        !again.is_empty()
+    }
+
+    /// What the look-up of a group's window does that missed: after all, only the leader's access
+    /// is due.
+    pub(super) fn window_missed(
+        &mut self,
+        label: Label,
+        found: Label,
+        window: Look,
+        look: Look,
+        access: usize,
+    ) {
+        self.missed(label, window);
+        self.fill(look);
+        let gone = self.asm.label();
+        self.renew(access, look.keep_flags, gone);
+        self.form_address(window.address);
+        self.find(window, gone);
+        self.asm.jump(found);
+        self.missed(gone, window);
+        self.go_on_unshared();
+    }
+
+    /// A look-up comes here that missed.
+    fn missed(&mut self, label: Label, look: Look) {
         self.asm.bind(label);
         if look.keep_flags && !self.bmi2 {
             self.unpark_flags();
         }
+    }
+
+    /// Has the translation filled in.
+    fn fill(&mut self, look: Look) {
         self.form_address(look.address);
         let table = self.context.data_table(look.write);
         self.asm
             .mov_immediate(COUNT, u64::from(kind(table, look.size)));
         self.asm.call_address(self.stubs.miss);
-        self.asm.jump(retry);
     }
 
     /// Puts the guest's flags into the frame. Clobbers RCX.

@@ -22,6 +22,7 @@ mod memory;
 mod plain;
 mod registers;
 mod run;
+mod shared;
 mod stubs;
 
 use iced_x86::{Encoder, InstructionInfoFactory};
@@ -117,6 +118,7 @@ struct Translated {
     /// Where its bytes lie, and its context: a direct link needs both the same.
     page: u64,
     context: u8,
+    unshared: bool,
     /// Offsets in the arena: the entry that polls is the first byte.
     start: u32,
     entry: u32,
@@ -124,6 +126,19 @@ struct Translated {
     points: Box<[(u32, u16)]>,
     /// Sites that were linked to it.
     incoming: Vec<u32>,
+}
+
+/// What is to be translated.
+#[derive(Clone, Copy)]
+pub struct Source<'a> {
+    pub block: &'a Block,
+    /// The bytes that it was decoded from.
+    pub guest: &'a [u8],
+    pub context: Context,
+    /// The number of the guest-physical page that they lie on.
+    pub page: u64,
+    /// Each access is to look up its address by itself.
+    pub unshared: bool,
 }
 
 /// The translated code of one VCPU.
@@ -165,7 +180,7 @@ impl Translator {
             assisted: Vec::new(),
         })
     }
-
+    /// this number. `unshared`: each access looks up its address by itself.
     /// Translates a block of 64-bit code, decoded from `guest`, on the guest-physical page with
     /// this number.
     ///
@@ -173,13 +188,17 @@ impl Translator {
     /// [`ThunkError::Full`]: forget every block, call [`Self::reset`] and [`Tlb::forget_cells`], retry.
     pub fn translate(
         &mut self,
-        block: &Block,
-        guest: &[u8],
-        context: Context,
-        page: u64,
+        source: Source<'_>,
         native: &mut NativeCode,
         tlb: &mut Tlb,
     ) -> Result<BlockId, ThunkError> {
+        let Source {
+            block,
+            guest,
+            context,
+            page,
+            unshared,
+        } = source;
         let start = self.arena.next();
         let offset = start.wrapping_sub(self.arena.start()) as u32;
         let request = emit::Request {
@@ -191,6 +210,7 @@ impl Translator {
             start,
             offset,
             first_site: self.sites.len(),
+            unshared,
             tlb,
         };
         let emitted = emit::emit(request, &mut self.encoder, &mut self.factory)?;
@@ -217,6 +237,7 @@ impl Translator {
             rip: block.rip,
             page,
             context: context.number(),
+            unshared,
             start: offset,
             entry: offset + emitted.entry as u32,
             end: offset + emitted.bytes.len() as u32,
@@ -268,6 +289,7 @@ impl Translator {
             patch,
             backward,
             target: rip,
+            unshared,
             ..
         }) = self.sites.get(number)
         else {
@@ -277,7 +299,8 @@ impl Translator {
         let Some(target) = self.blocks.get_mut(block.0 as usize) else {
             return;
         };
-        if source != Some((target.page, target.context)) || target.rip != rip {
+        let right = target.rip == rip && target.unshared == unshared;
+        if source != Some((target.page, target.context)) || !right {
             // The page was mapped anew, or an event came in between.
             return;
         }

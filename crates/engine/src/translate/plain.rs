@@ -1,7 +1,7 @@
 //! A guest instruction that the real processor executes, re-encoded: its registers renamed to the
 //! host's, its memory operand replaced by the address that the look-up left.
 
-use iced_x86::{Encoder, Instruction, Mnemonic, OpKind, Register};
+use iced_x86::{Encoder, Instruction, Mnemonic, OpCodeOperandKind, OpKind, Register};
 
 use super::assembler::{Assembler, reg};
 use super::registers::{
@@ -12,9 +12,8 @@ use crate::native::form::{Form, gpr_bit, is_fixed};
 /// What is emitted for one instruction.
 #[derive(Debug, Default)]
 pub(super) struct Plan {
-    /// Scratch registers that stand for guest registers of the frame: guest, host, and whether it
-    /// is stored afterwards.
-    frame: Vec<(usize, u8, bool)>,
+    /// Scratch registers that stand for guest registers of the frame.
+    frame: Vec<Stand>,
     /// RCX stands for the guest's.
     count: bool,
     /// And is written.
@@ -26,8 +25,49 @@ pub(super) struct Plan {
     constant: Option<(usize, u64)>,
 }
 
+/// A scratch register that stands for a guest register of the frame.
+#[derive(Clone, Copy, Debug)]
+struct Stand {
+    guest: usize,
+    scratch: u8,
+    /// It is loaded before.
+    read: bool,
+    /// It is stored afterwards.
+    written: bool,
+}
+
 fn bit(guest: usize) -> u16 {
     1 << (guest & 15)
+}
+
+/// The displacement from RSP of a register operand that lies in the frame, if the instruction can
+/// take it from there: it then needs no scratch register.
+fn in_frame(form: &Form, instruction: &Instruction, n: u32, register: Register) -> Option<i32> {
+    use Mnemonic as M;
+    use OpCodeOperandKind as K;
+    let guest = gpr_bit(register)?.trailing_zeros() as usize;
+    if host(guest).is_some() || form.memory || form.high_byte {
+        return None;
+    }
+    // As memory operands these would be locked, or bit strings, or addresses.
+    let other = matches!(
+        instruction.mnemonic(),
+        M::Xchg | M::Xadd | M::Cmpxchg | M::Bt | M::Bts | M::Btr | M::Btc | M::Lea | M::Nop
+    );
+    let kind = instruction.op_code().op_kind(n);
+    let either = matches!(
+        kind,
+        K::r8_or_mem | K::r16_or_mem | K::r32_or_mem | K::r64_or_mem
+    );
+    // A smaller result would leave the rest as it is; some write less to memory than to a register.
+    let whole = register.size() == 8 && instruction.memory_size().size() == 8;
+    let whole = whole || form.gpr_written & bit(guest) == 0;
+    let once = (0..instruction.op_count())
+        .filter(|&m| instruction.op_kind(m) == OpKind::Register)
+        .filter(|&m| gpr_bit(instruction.op_register(m)) == Some(bit(guest)))
+        .count()
+        == 1;
+    (either && whole && once && !other).then(|| home(guest).displacement)
 }
 
 impl Plan {
@@ -39,11 +79,13 @@ impl Plan {
         }
     }
 
-    /// `None` if registers are wanting. `original` are the guest's bytes.
+    /// `None` if registers are wanting. `original` are the guest's bytes, `displacement` the
+    /// distance of the memory operand from the address that the look-up leaves.
     pub fn of(
         form: &Form,
         instruction: &Instruction,
         original: Option<&[u8]>,
+        displacement: i32,
         encoder: &mut Encoder,
     ) -> Option<Self> {
         let mut plan = Self {
@@ -80,6 +122,14 @@ impl Plan {
             if !register.is_gpr() || is_fixed(renamed.op_code().op_kind(n)) {
                 continue;
             }
+            if let Some(field) = in_frame(form, instruction, n, register) {
+                changed = true;
+                renamed.set_op_kind(n, OpKind::Memory);
+                renamed.set_memory_base(Register::RSP);
+                renamed.set_memory_displacement64(field as u64);
+                renamed.set_memory_displ_size(8);
+                continue;
+            }
             let to = plan.place(form, register, &mut pool)?;
             changed |= to != register;
             named |= gpr_bit(register) == Some(bit(GUEST_RCX));
@@ -101,6 +151,10 @@ impl Plan {
                 part(Register::RAX, ADDRESS)
             };
             renamed.set_memory_base(base);
+            if displacement != 0 {
+                renamed.set_memory_displacement64(i64::from(displacement) as u64);
+                renamed.set_memory_displ_size(8);
+            }
         } else if renamed.mnemonic() == Mnemonic::Lea {
             for (register, set) in [
                 (
@@ -145,12 +199,16 @@ impl Plan {
                 part(register, host)
             });
         }
-        let scratch = match self.frame.iter().find(|(g, ..)| *g == guest) {
-            Some(&(_, scratch, _)) => scratch,
+        let scratch = match self.frame.iter().find(|stand| stand.guest == guest) {
+            Some(stand) => stand.scratch,
             None => {
                 let scratch = pool.pop()?;
-                let written = form.gpr_written & bit(guest) != 0;
-                self.frame.push((guest, scratch, written));
+                self.frame.push(Stand {
+                    guest,
+                    scratch,
+                    read: form.gpr_read & bit(guest) != 0,
+                    written: form.gpr_written & bit(guest) != 0,
+                });
                 scratch
             }
         };
@@ -168,8 +226,8 @@ impl Plan {
             }
             return;
         }
-        for &(guest, scratch, _) in &self.frame {
-            a.load(scratch, home(guest));
+        for stand in self.frame.iter().filter(|stand| stand.read) {
+            a.load(stand.scratch, home(stand.guest));
         }
         if self.count {
             a.mov(reg::RCX, GUEST_COUNT);
@@ -180,10 +238,13 @@ impl Plan {
         if self.count_written {
             a.mov(GUEST_COUNT, reg::RCX);
         }
-        for &(guest, scratch, written) in &self.frame {
-            if written {
-                a.store(home(guest), scratch);
-            }
+        for stand in self.frame.iter().filter(|stand| stand.written) {
+            a.store(home(stand.guest), stand.scratch);
         }
+    }
+
+    /// Whether it uses scratch registers.
+    pub fn uses_scratch(&self) -> bool {
+        !self.frame.is_empty() || self.constant.is_some()
     }
 }

@@ -14,7 +14,9 @@ use trapline_engine::env::{Backing, Environment, MsrFault, Restart, Span, Transl
 use trapline_engine::native::{NativeCode, ThunkError};
 use trapline_engine::step::run::{Turn, run, run_one};
 use trapline_engine::tlb::{Access, Privilege, Tlb};
-use trapline_engine::translate::{self, BlockId, Context, Left, Site, Translator, finish_branch};
+use trapline_engine::translate::{
+    self, BlockId, Context, Left, Site, Source, Translator, finish_branch,
+};
 use trapline_x86::control::{cr0, cr4, efer};
 use trapline_x86::exception::page_fault;
 use trapline_x86::segment::Rights;
@@ -176,7 +178,7 @@ pub struct Engine {
     /// Translates, if there is one.
     translator: Option<Translator>,
     /// What was translated of the run.
-    translated: HashMap<u64, BlockId>,
+    translated: HashMap<(u64, bool), BlockId>,
     /// The branch by which translated code was left last.
     left_by: Option<Site>,
     site: u64,
@@ -306,11 +308,20 @@ impl Engine {
         let Some(translator) = &mut self.translator else {
             unreachable!("only called if there is one");
         };
-        let id = match self.translated.get(&block.rip) {
+        let unshared = matches!(self.left_by, Some(Site::Link { unshared: true, .. }));
+        let key = (block.rip, unshared);
+        let source = Source {
+            block,
+            guest: bytes,
+            context,
+            page: 1,
+            unshared,
+        };
+        let id = match self.translated.get(&key) {
             Some(&id) => id,
             None => {
                 let native = &mut self.native;
-                let made = translator.translate(block, bytes, context, 1, native, &mut self.tlb);
+                let made = translator.translate(source, native, &mut self.tlb);
                 let id = match made {
                     Ok(id) => id,
                     Err(_) => {
@@ -320,11 +331,11 @@ impl Engine {
                         self.tlb.forget_cells();
                         self.left_by = None;
                         translator
-                            .translate(block, bytes, context, 1, native, &mut self.tlb)
+                            .translate(source, native, &mut self.tlb)
                             .expect("room for one block")
                     }
                 };
-                self.translated.insert(block.rip, id);
+                self.translated.insert(key, id);
                 id
             }
         };
