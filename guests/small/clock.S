@@ -7,9 +7,9 @@
 
 .include "lib/boot.inc"
 .include "lib/apic.inc"
+.include "lib/pm_timer.inc"
 
 .set PIT_HZ, 1193182
-.set PM_HZ, 3579545
 .set SLICE, PIT_HZ / 50         # 20 ms
 .set PIC_BASE, 0x20
 .set IO_APIC, 0xfec00000
@@ -120,52 +120,6 @@ pit_against_tsc:
     mov %rax, %rbx
     loop 2b
     CHECK "TSC goes backwards", %rdi, $0
-    ret
-
-# find_pm_timer: RSDP, XSDT or RSDT, FADT; pm_port stays 0 when something is missing.
-find_pm_timer:
-    movabs $0x2052545020445352, %rax    # "RSD PTR "
-    mov $0xe0000, %esi
-1:  cmp %rax, (%rsi)
-    je 2f
-    add $16, %esi
-    cmp $0x100000, %esi
-    jb 1b
-    movzwl 0x40e, %esi          # the extended BIOS data area
-    shl $4, %esi
-    mov $64, %ecx
-3:  cmp %rax, (%rsi)
-    je 2f
-    add $16, %esi
-    loop 3b
-    ret
-2:  mov 24(%rsi), %rdi          # XSDT: revision 2 and on
-    cmpb $2, 15(%rsi)
-    mov 16(%rsi), %esi          # RSDT
-    jb 7f
-    test %rdi, %rdi
-    jz 7f
-    mov %rdi, %rsi
-    mov 4(%rsi), %ecx
-    sub $36, %ecx
-    shr $3, %ecx
-    jz 5f
-8:  mov 28(%rsi,%rcx,8), %rdi
-    cmpl $0x50434146, (%rdi)    # "FACP"
-    je 6f
-    loop 8b
-    ret
-7:  mov 4(%rsi), %ecx
-    sub $36, %ecx
-    shr $2, %ecx
-    jz 5f
-4:  mov 32(%rsi,%rcx,4), %edi
-    cmpl $0x50434146, (%rdi)    # "FACP"
-    je 6f
-    loop 4b
-5:  ret
-6:  mov 76(%rdi), %eax
-    mov %ax, pm_port
     ret
 
 # pm_elapsed: RAX = ticks since EBX, modulo 2^24. Clobbers RDX.
@@ -419,4 +373,3 @@ tick_apic:
 slice_tsc: .quad 0
 ticks: .quad 0
 fields: .skip 16
-pm_port: .word 0

@@ -103,6 +103,7 @@ guests! {
     segments: "segments", 1;
     strings: "strings", 1;
     clock: "clock", 1;
+    calibrate: "calibrate", 1;
     selfmod: "selfmod", 1;
     selfmod_beside_idle_vcpus: "selfmod", 4;
     smp_of_2: "smp", 2;

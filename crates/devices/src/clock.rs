@@ -3,10 +3,16 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use rustix::time::{ClockId, clock_gettime};
+
 /// Where devices take time from, so that tests can give them theirs.
 pub trait TimeSource: Send + Sync {
     /// Monotonic nanoseconds since an arbitrary start.
     fn now(&self) -> u64;
+    /// Nanoseconds that the calling thread has had for its VCPU: on a processor, and asleep while
+    /// the VCPU was halted. Where it advances by less than [`Self::now`], something else had the
+    /// processor, and the guest stood still without knowing.
+    fn thread_time(&self) -> u64;
     /// The time since 1970-01-01 00:00 UTC.
     fn wall_clock(&self) -> Duration;
 }
@@ -36,6 +42,12 @@ impl TimeSource for HostClock {
         u64::try_from(self.start.elapsed().as_nanos()).unwrap_or(u64::MAX)
     }
 
+    fn thread_time(&self) -> u64 {
+        let used = clock_gettime(ClockId::ThreadCPUTime);
+        let nanoseconds = used.tv_sec as u64 * 1_000_000_000 + used.tv_nsec as u64;
+        nanoseconds.wrapping_add(trapline_monitor::clock::halted())
+    }
+
     fn wall_clock(&self) -> Duration {
         SystemTime::now()
             .duration_since(UNIX_EPOCH)
@@ -46,6 +58,8 @@ impl TimeSource for HostClock {
 /// Time that stands still until it is told to go on.
 pub struct VirtualClock {
     now: AtomicU64,
+    /// What [`TimeSource::thread_time`] lacks.
+    away: AtomicU64,
     epoch: Duration,
 }
 
@@ -55,6 +69,7 @@ impl VirtualClock {
     pub fn new(epoch: Duration) -> Self {
         Self {
             now: AtomicU64::new(0),
+            away: AtomicU64::new(0),
             epoch,
         }
     }
@@ -63,11 +78,21 @@ impl VirtualClock {
     pub fn set(&self, now: u64) {
         self.now.fetch_max(now, Ordering::SeqCst);
     }
+
+    /// Lets so many nanoseconds pass in which no thread has a processor.
+    pub fn stand_still(&self, nanoseconds: u64) {
+        self.away.fetch_add(nanoseconds, Ordering::SeqCst);
+        self.now.fetch_add(nanoseconds, Ordering::SeqCst);
+    }
 }
 
 impl TimeSource for VirtualClock {
     fn now(&self) -> u64 {
         self.now.load(Ordering::SeqCst)
+    }
+
+    fn thread_time(&self) -> u64 {
+        self.now().saturating_sub(self.away.load(Ordering::SeqCst))
     }
 
     fn wall_clock(&self) -> Duration {

@@ -58,6 +58,12 @@ impl Timers {
         self.time.now()
     }
 
+    /// See [`TimeSource::thread_time`].
+    #[must_use]
+    pub fn thread_time(&self) -> u64 {
+        self.time.thread_time()
+    }
+
     /// A timer for `target`, not armed. The service does not keep the target alive.
     pub fn timer(self: &Arc<Self>, target: Weak<dyn TimerTarget>) -> Timer {
         let mut queue = self.lock();
@@ -185,6 +191,12 @@ impl Timer {
     #[must_use]
     pub fn now(&self) -> u64 {
         self.timers.now()
+    }
+
+    /// See [`TimeSource::thread_time`].
+    #[must_use]
+    pub fn thread_time(&self) -> u64 {
+        self.timers.thread_time()
     }
 }
 

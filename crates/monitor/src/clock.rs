@@ -1,7 +1,25 @@
-//! The host's time-stamp counter.
+//! The host's time-stamp counter, and how long a VCPU's thread slept for its guest.
 #![allow(unsafe_code)]
 
+use std::cell::Cell;
+
+thread_local! {
+    static HALTED: Cell<u64> = const { Cell::new(0) };
+}
+
+/// Nanoseconds for which the calling thread has slept because its VCPU was halted.
+#[must_use]
+pub fn halted() -> u64 {
+    HALTED.get()
+}
+
+/// The calling thread slept so many nanoseconds because its VCPU was halted.
+pub(crate) fn was_halted(nanoseconds: u64) {
+    HALTED.set(HALTED.get().wrapping_add(nanoseconds));
+}
+
 /// The host's time-stamp counter now.
+#[must_use]
 pub fn host_tsc() -> u64 {
     // SAFETY: RDTSC is unprivileged on every host that runs user programs normally.
     unsafe { std::arch::x86_64::_rdtsc() }

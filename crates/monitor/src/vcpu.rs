@@ -278,7 +278,9 @@ impl Vcpu {
         }
         let start = Instant::now();
         s.trace.sleep(s.vcpu, None);
-        self.statistics.halted_ns += start.elapsed().as_nanos() as u64;
+        let halted = start.elapsed().as_nanos() as u64;
+        self.statistics.halted_ns += halted;
+        crate::clock::was_halted(halted);
     }
 
     /// Takes the most urgent event that can be delivered now (SDM vol. 3, table 6-2).

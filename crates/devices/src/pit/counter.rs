@@ -172,6 +172,18 @@ impl Counter {
         }
     }
 
+    /// It counts down to its only rise of OUT, which is still to come.
+    pub fn is_counting_once(&self, now: u64) -> bool {
+        self.mode == 0 && self.start.is_some() && self.stopped.is_none() && !self.output(now)
+    }
+
+    /// Counting began so many nanoseconds later.
+    pub fn begin_later(&mut self, nanoseconds: u64) {
+        if let Some(start) = &mut self.start {
+            *start = start.saturating_add(nanoseconds);
+        }
+    }
+
     pub fn gate(&self) -> bool {
         self.gate
     }

@@ -1,6 +1,7 @@
 //! The 8254 interval timer with the port 0x61 bits that gate its speaker counter.
 
 mod counter;
+mod poll;
 
 use std::ops::RangeInclusive;
 use std::sync::{Arc, Mutex, Weak};
@@ -11,6 +12,7 @@ use crate::port::PortDevice;
 use crate::timer::{Timer, TimerTarget, Timers};
 use counter::Counter;
 pub use counter::FREQUENCY;
+use poll::{Finding, Poll};
 
 /// Counter 0 interrupts no oftener than this many nanoseconds.
 const SHORTEST_PERIOD: u64 = 50_000;
@@ -20,6 +22,8 @@ const REFRESH: u64 = 15_085;
 
 struct State {
     counters: [Counter; 3],
+    /// What the guest has seen of counter 2's OUT.
+    poll: Poll,
     speaker: bool,
     /// When counter 0 raises its line next.
     next: Option<u64>,
@@ -29,6 +33,7 @@ impl State {
     fn new() -> Self {
         Self {
             counters: [Counter::new(true), Counter::new(true), Counter::new(false)],
+            poll: Poll::default(),
             speaker: false,
             next: None,
         }
@@ -79,12 +84,38 @@ impl Pit {
         }
     }
 
+    /// Counter 2 may have begun to count.
+    fn restart_poll(&self, state: &mut State, now: u64) {
+        if state.counters[2].is_counting_once(now) {
+            state.poll.begin(now, self.timer.thread_time());
+        } else {
+            state.poll.end();
+        }
+    }
+
+    /// Counter 2's OUT at port 0x61.
+    fn poll(&self, state: &mut State, now: u64) -> bool {
+        let finding = state.poll.look(now, || self.timer.thread_time());
+        let counter = &mut state.counters[2];
+        if let Finding::BeginLater(nanoseconds) = finding {
+            counter.begin_later(nanoseconds);
+        }
+        if !counter.output(now) || finding == Finding::AsBefore {
+            return false;
+        }
+        state.poll.end();
+        true
+    }
+
     fn control(&self, state: &mut State, word: u8, now: u64) {
         match word >> 6 {
             3 => {
                 for (index, counter) in state.counters.iter_mut().enumerate() {
                     if word & 2 << index != 0 {
                         counter.read_back(word, now);
+                        if index == 2 {
+                            state.poll.end();
+                        }
                     }
                 }
             }
@@ -92,6 +123,9 @@ impl Pit {
                 state.counters[usize::from(index)].control(word, now);
                 if index == 0 && word & 0x30 != 0 {
                     self.restart(state, now);
+                }
+                if index == 2 {
+                    state.poll.end();
                 }
             }
         }
@@ -117,13 +151,18 @@ impl PortDevice for Pit {
         let mut state = lock(&self.state);
         let now = self.timer.now();
         let value = match port {
-            0x40..=0x42 => state.counters[usize::from(port & 3)].read(now),
+            0x40..=0x42 => {
+                if port == 0x42 {
+                    state.poll.end();
+                }
+                state.counters[usize::from(port & 3)].read(now)
+            }
             0x61 => {
-                let gated = &state.counters[2];
-                u8::from(gated.gate())
+                let out = self.poll(&mut state, now);
+                u8::from(state.counters[2].gate())
                     | u8::from(state.speaker) << 1
                     | ((now / REFRESH) as u8 & 1) << 4
-                    | u8::from(gated.output(now)) << 5
+                    | u8::from(out) << 5
             }
             _ => 0xff,
         };
@@ -140,10 +179,16 @@ impl PortDevice for Pit {
                 state.counters[index].write(value, now);
                 if index == 0 {
                     self.restart(&mut state, now);
+                } else if index == 2 {
+                    self.restart_poll(&mut state, now);
                 }
             }
             0x61 => {
-                state.counters[2].set_gate(value & 1 != 0, now);
+                let gate = value & 1 != 0;
+                if state.counters[2].gate() != gate {
+                    state.counters[2].set_gate(gate, now);
+                    self.restart_poll(&mut state, now);
+                }
                 state.speaker = value & 2 != 0;
             }
             _ => self.control(&mut state, value, now),

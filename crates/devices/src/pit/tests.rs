@@ -1,5 +1,6 @@
 use super::*;
 use crate::board::Board;
+use crate::clock::TimeSource;
 use trapline_monitor::interrupt::LocalInterrupts;
 
 /// The moment in nanoseconds after so many input clocks.
@@ -141,4 +142,79 @@ fn nothing_written_breaks_it() {
         pit.read(port, 1);
     }
     board.bench.timers.fire_due();
+}
+
+/// What Linux does: the moments of the first and the last reading around polls of OUT. `away` is
+/// called with the number of polls so far after every reading.
+fn measured(board: &Board, pit: &Pit, away: impl Fn(u64)) -> u64 {
+    load(pit, 2, 0xb0, 11_932);
+    let clock = &board.bench.clock;
+    away(0);
+    let first = clock.now();
+    away(1);
+    let mut last = first;
+    for polls in 2.. {
+        clock.set(clock.now() + 700);
+        if pit.read(0x61, 1) & 0x20 != 0 {
+            break;
+        }
+        last = clock.now();
+        away(polls);
+    }
+    last - first
+}
+
+#[test]
+fn a_measured_interval_is_never_too_short() {
+    let (board, pit) = pit();
+    pit.write(0x61, 1, 1);
+    let whole = at(11_932) - 1_400;
+    let polls = at(11_932) / 700;
+    assert!(measured(&board, &pit, |_| {}) >= whole);
+    for moment in [0, 1, 2, 3, 1_000, polls - 1_000, polls - 2, polls - 1] {
+        for length in [20_000, 60_000, 900_000, 5_000_000, 30_000_000] {
+            let interval = measured(&board, &pit, |polls| {
+                if polls == moment {
+                    board.bench.clock.stand_still(length);
+                }
+            });
+            let unknown = measured(&board, &pit, |polls| {
+                if polls == moment && polls > 100 {
+                    board.bench.clock.set(board.bench.clock.now() + length);
+                }
+            });
+            let interval = interval.min(unknown);
+            // What is not looked at does not matter: it is less than a hundredth.
+            let least = whole - length.min(50_000);
+            assert!(interval >= least, "{interval}: {length} at {moment}");
+        }
+    }
+}
+
+#[test]
+fn who_does_something_else_sees_the_real_time() {
+    let (board, pit) = pit();
+    let clock = &board.bench.clock;
+    pit.write(0x61, 1, 1);
+    load(&pit, 2, 0xb0, 11_932);
+    clock.stand_still(9_000_000);
+    clock.set(clock.now() + 2_000_000);
+    assert_eq!(pit.read(0x61, 1) & 0x20, 0x20, "it waited by its own clock");
+
+    load(&pit, 2, 0xb0, 11_932);
+    clock.stand_still(20_000_000);
+    assert_ne!(count(&pit, 2), 11_932, "the count goes on");
+    assert_eq!(pit.read(0x61, 1) & 0x20, 0x20, "and has told of the end");
+
+    load(&pit, 2, 0xb0, 11_932);
+    clock.set(clock.now() + 20_000_000);
+    assert_eq!(pit.read(0x61, 1) & 0x20, 0x20, "it was halted");
+    clock.stand_still(20_000_000);
+    assert_eq!(pit.read(0x61, 1) & 0x20, 0x20, "once risen, always high");
+
+    load(&pit, 2, 0xb0, 11_932);
+    pit.read(0x61, 1);
+    clock.stand_still(20_000_000);
+    assert_eq!(pit.read(0x61, 1) & 0x20, 0, "as the poll before");
+    assert_eq!(pit.read(0x61, 1) & 0x20, 0x20, "the next one");
 }
