@@ -121,6 +121,8 @@ const FREE: &[i64] = &[
     libc::SYS_getrandom,
 ];
 
+/// What the kernel told the process at its start; rustix may ask when it is first used.
+const PR_GET_AUXV: u32 = 0x4155_5856;
 /// PR_SET_VMA: names of mappings, by the C library.
 const PR_SET_VMA: u32 = 0x5356_4d41;
 
@@ -230,6 +232,7 @@ fn bound() -> Vec<(i64, Vec<Conditions>)> {
                     bit(libc::PR_SET_NAME),
                     bit(libc::PR_SET_TIMERSLACK),
                     PR_SET_VMA,
+                    PR_GET_AUXV,
                 ],
             ),
         ),

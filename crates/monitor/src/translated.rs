@@ -94,7 +94,7 @@ impl Vcpu {
         // SAFETY: the block has just been fetched for this context and RIP; the code is
         // dropped only by `fetch`, never while it runs. The word lives as long as the trace
         // system.
-        let left = unsafe { run(&mut core, entry, word.as_ptr()) };
+        let left = unsafe { run(&mut core, entry) };
         if self.log_translated {
             let site = match left {
                 Left::Site(number) => {

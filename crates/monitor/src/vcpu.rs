@@ -80,7 +80,9 @@ impl Vcpu {
         translate: bool,
     ) -> Result<Self, NativeError> {
         if translate {
-            surroundings.code.translator = Some(Translator::new()?);
+            let word = surroundings.trace.attention(surroundings.vcpu);
+            // The trace system outlives the VCPU, which keeps it.
+            surroundings.code.translator = Some(Translator::new(word.as_ptr())?);
         }
         let cpu = Box::new(cpu);
         let features = Features::new(|leaf, subleaf| surroundings.cpuid(&cpu, leaf, subleaf));

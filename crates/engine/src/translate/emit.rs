@@ -107,6 +107,7 @@ pub(super) struct Emitter<'a> {
     pub stubs: &'a Stubs,
     pub context: Context,
     pub bmi2: bool,
+    attention: u64,
     tlb: &'a mut Tlb,
     pub shares: Shares,
     /// The group whose window's host address is in ADDRESS.
@@ -141,6 +142,8 @@ pub(super) struct Request<'a> {
     pub context: Context,
     pub stubs: &'a Stubs,
     pub bmi2: bool,
+    /// The address of the attention word.
+    pub attention: u64,
     /// The address at which the code will lie, and from the arena's start.
     pub start: u64,
     pub offset: u32,
@@ -168,6 +171,7 @@ pub(super) fn emit(
         stubs: request.stubs,
         context: request.context,
         bmi2: request.bmi2,
+        attention: request.attention,
         tlb: request.tlb,
         shares: Shares::default(),
         address_holds: None,
@@ -422,7 +426,7 @@ impl Emitter<'_> {
             rip: self.block.rip,
         });
         let a = &mut self.asm;
-        a.load(COUNT, Mem::field(field::ATTENTION));
+        a.mov_immediate(COUNT, self.attention);
         if self.live.first().is_some_and(|&live| live == 0) {
             a.compare_mem32(Mem::base(COUNT, 0), 0);
             a.jump_if(cond::NE, label);

@@ -147,6 +147,8 @@ pub struct Translator {
     stubs: Stubs,
     stub_bytes: usize,
     bmi2: bool,
+    /// The address of the VCPU's attention word.
+    attention: u64,
     encoder: Encoder,
     factory: InstructionInfoFactory,
     blocks: Vec<Translated>,
@@ -156,11 +158,12 @@ pub struct Translator {
 }
 
 impl Translator {
-    /// Reserves executable memory and installs the fault handlers.
+    /// Reserves executable memory and installs the fault handlers. Its code polls `attention`, the
+    /// VCPU's attention word.
     ///
     /// # Errors
     /// The host refused one of them.
-    pub fn new() -> Result<Self, NativeError> {
+    pub fn new(attention: *const u32) -> Result<Self, NativeError> {
         fault::install()?;
         let mut arena = Arena::new(ARENA_BYTES)?;
         let mut assembler = Assembler::new(arena.start());
@@ -172,6 +175,7 @@ impl Translator {
             arena,
             stubs,
             stub_bytes,
+            attention: attention as u64,
             bmi2: is_x86_feature_detected!("bmi2"),
             encoder: Encoder::new(64),
             factory: InstructionInfoFactory::new(),
@@ -207,6 +211,7 @@ impl Translator {
             context,
             stubs: &self.stubs,
             bmi2: self.bmi2,
+            attention: self.attention,
             start,
             offset,
             first_site: self.sites.len(),
@@ -253,6 +258,7 @@ impl Translator {
         Some(Entry {
             function: self.stubs.enter,
             address: self.arena.start() + u64::from(block.entry),
+            attention: self.attention,
         })
     }
 
@@ -261,6 +267,7 @@ impl Translator {
         Entry {
             function: self.stubs.enter,
             address,
+            attention: self.attention,
         }
     }
 

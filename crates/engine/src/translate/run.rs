@@ -82,26 +82,23 @@ pub struct Entry {
     /// The translator's way in.
     pub(super) function: u64,
     pub(super) address: u64,
+    /// The address of the VCPU's attention word.
+    pub(super) attention: u64,
 }
 
 /// Executes translated code from `entry`, that of a live block which was translated for the
-/// current context and whose first instruction is at RIP. `attention` is the VCPU's attention
-/// word.
+/// current context and whose first instruction is at RIP.
 ///
 /// # Safety
-/// `entry` is as said and its translator lives; while it runs the translator is not reset (blocks may be added, linked and
+/// `entry` is as said, its translator and the attention word live; while it runs the translator is not reset (blocks may be added, linked and
 /// unlinked), and the TLB holds only translations that may be used directly.
-pub unsafe fn run<E: Environment>(
-    core: &mut Core<'_, E>,
-    entry: Entry,
-    attention: *const u32,
-) -> Left {
+pub unsafe fn run<E: Environment>(core: &mut Core<'_, E>, entry: Entry) -> Left {
     core.leave_block = false;
     let vector = (&raw mut core.cpu.vector) as u64;
     let frame = core.tlb.frame_mut();
     enter_frame(core.cpu, frame);
     frame.set(field::VECTOR, vector);
-    frame.set(field::ATTENTION, attention as u64);
+    frame.set(field::ATTENTION, entry.attention);
     frame.set(field::MISS, miss::<E> as *const () as u64);
     frame.set(field::ASSIST, assist::<E> as *const () as u64);
     frame.set(field::VECTORS_AWAY, 1);

@@ -14,7 +14,7 @@
 use crate::frame::field;
 
 /// The largest window in bytes: the larger, the more of them cross a page.
-const WINDOW: i32 = 256;
+const WINDOW: i32 = 1024;
 /// Displacements and adjustments beyond this are left alone.
 const FAR: i32 = 1 << 20;
 
@@ -275,7 +275,7 @@ mod tests {
 
     #[test]
     fn windows_are_small() {
-        let ops = [at(3, 0, false), at(3, 249, false), at(3, 255, false)];
+        let ops = [at(3, 0, false), at(3, 1017, false), at(3, 1023, false)];
         let shares = Shares::of(&ops);
         assert_eq!(shares.groups.len(), 1);
         assert!(shares.share(0, 0).is_none() && shares.share(1, 0).unwrap().leads);

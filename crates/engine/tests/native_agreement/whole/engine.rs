@@ -206,7 +206,8 @@ impl Engine {
                 code: Box::new([0xcc; PAGE]),
                 backed: Backed::Direct,
             },
-            translator: translates.then(|| Translator::new().expect("executable memory")),
+            translator: translates
+                .then(|| Translator::new(ATTENTION.as_ptr()).expect("executable memory")),
             translated: HashMap::new(),
             left_by: None,
             site: 0,
@@ -356,7 +357,7 @@ impl Engine {
         let entry = translator.entry(id).expect("a live block");
         let mut core = Core::new(&mut self.cpu, &mut self.tlb, &mut self.around);
         // SAFETY: translated for this context and RIP; the translator is reset only above.
-        let left = unsafe { translate::run(&mut core, entry, ATTENTION.as_ptr()) };
+        let left = unsafe { translate::run(&mut core, entry) };
         *done += 1;
         let step_at = match left {
             Left::Turn(turn) => return turn,
