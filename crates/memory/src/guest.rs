@@ -278,11 +278,12 @@ impl GuestMemory {
         }
     }
 
-    /// To be called after sensed writes, outside the lane: removes traces that they made needless.
+    /// To be called after sensed writes, outside the lane: takes pages out of traces that the writes
+    /// made needless.
     #[inline]
     pub fn after_writes(&self, trace: &TraceSystem) {
         if let Some(member) = self.sharing.get() {
-            member.pool.remove_released(member, trace);
+            member.pool.remove_released(self, member, trace);
         }
     }
 

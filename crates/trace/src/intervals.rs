@@ -1,8 +1,10 @@
 //! A set of byte ranges that tells which of them overlap a given one.
 //!
-//! A treap: a search tree by lower bound whose nodes are also a heap by random priority, so that it
+//! A treap: a search tree by bounds whose nodes are also a heap by random priority, so that it
 //! is balanced whatever is inserted in which order; every node knows the greatest upper bound below
 //! it. Insertion and removal take logarithmic time, a look-up that plus a step for each overlap.
+
+use std::cmp::Ordering;
 
 use crate::kind::Range;
 
@@ -14,7 +16,7 @@ struct Node {
     range: Range,
     /// The greatest upper bound in this subtree.
     reach: u64,
-    /// What the caller knows the range by; with the lower bound, the search key.
+    /// What the caller knows the range by; behind the range, the search key.
     name: u32,
     priority: u32,
     left: u32,
@@ -22,9 +24,16 @@ struct Node {
 }
 
 impl Node {
-    fn key(&self) -> (u64, u32) {
-        (self.range.lo, self.name)
+    fn key(&self) -> Key {
+        key(self.range, self.name)
     }
+}
+
+/// What the tree is ordered by: lower bound, upper bound, name.
+type Key = (u64, u64, u32);
+
+fn key(range: Range, name: u32) -> Key {
+    (range.lo, range.hi, name)
 }
 
 /// Ranges, each with a name; the same range may be there under several names.
@@ -52,6 +61,10 @@ impl Intervals {
     /// ranges must not be able to foresee it.
     pub fn insert(&mut self, range: Range, name: u32, priority: u32) {
         let index = self.nodes.len() as u32;
+        if self.nodes.len() == self.nodes.capacity() {
+            // There may be a set for every page, most of them small: grow by a quarter.
+            self.nodes.reserve_exact(1 + self.nodes.len() / 4);
+        }
         let node = Node {
             range,
             reach: range.hi,
@@ -68,7 +81,7 @@ impl Intervals {
 
     /// Takes a range away that is there under this name.
     pub fn remove(&mut self, range: Range, name: u32) {
-        let Some(gone) = self.unlink((range.lo, name)) else {
+        let Some(gone) = self.unlink(key(range, name)) else {
             return;
         };
         // The last node moves into the gap, so that the nodes stay dense.
@@ -83,7 +96,7 @@ impl Intervals {
         }
     }
 
-    /// Calls `found` with the name of every range that overlaps `range`, by ascending lower bound.
+    /// Calls `found` with the name of every range that overlaps `range`, by ascending bounds.
     pub fn overlaps(&self, range: Range, found: &mut impl FnMut(u32)) {
         self.overlaps_below(self.root, range, found);
     }
@@ -104,6 +117,26 @@ impl Intervals {
         }
     }
 
+    /// Calls `found` with the name of every range that has exactly these bounds.
+    pub fn same(&self, range: Range, found: &mut impl FnMut(u32)) {
+        self.same_below(self.root, range, found);
+    }
+
+    fn same_below(&self, mut at: u32, range: Range, found: &mut impl FnMut(u32)) {
+        while let Some(node) = self.nodes.get(at as usize) {
+            let bounds = (node.range.lo, node.range.hi);
+            at = match bounds.cmp(&(range.lo, range.hi)) {
+                Ordering::Less => node.right,
+                Ordering::Greater => node.left,
+                Ordering::Equal => {
+                    self.same_below(node.left, range, found);
+                    found(node.name);
+                    node.right
+                }
+            };
+        }
+    }
+
     fn reach(&self, at: u32) -> u64 {
         self.nodes.get(at as usize).map_or(0, |node| node.reach)
     }
@@ -115,7 +148,7 @@ impl Intervals {
     }
 
     /// Splits a subtree into the nodes before `key` and the others.
-    fn split(&mut self, at: u32, key: (u64, u32)) -> (u32, u32) {
+    fn split(&mut self, at: u32, key: Key) -> (u32, u32) {
         let Some(node) = self.nodes.get(at as usize).copied() else {
             return (NONE, NONE);
         };
@@ -153,13 +186,13 @@ impl Intervals {
     }
 
     /// Takes the node with this key out of the tree; it stays in `nodes`.
-    fn unlink(&mut self, key: (u64, u32)) -> Option<u32> {
+    fn unlink(&mut self, key: Key) -> Option<u32> {
         let (root, gone) = self.unlink_below(self.root, key);
         self.root = root;
         gone
     }
 
-    fn unlink_below(&mut self, at: u32, key: (u64, u32)) -> (u32, Option<u32>) {
+    fn unlink_below(&mut self, at: u32, key: Key) -> (u32, Option<u32>) {
         let Some(node) = self.nodes.get(at as usize).copied() else {
             return (NONE, None);
         };
@@ -181,7 +214,7 @@ impl Intervals {
     }
 
     /// Makes what points at the node `from`, found by its key, point at `to`.
-    fn relink(&mut self, key: (u64, u32), from: u32, to: u32) {
+    fn relink(&mut self, key: Key, from: u32, to: u32) {
         if self.root == from {
             self.root = to;
             return;
@@ -222,6 +255,12 @@ mod tests {
 
     fn action() -> impl Strategy<Value = Action> {
         prop_oneof![
+            // Some have the same bounds.
+            (0..200u64, 1..60u64, any::<u32>()).prop_map(|(lo, len, priority)| Action::Insert(
+                lo / 20,
+                lo / 20 + len / 20 + 1,
+                priority
+            )),
             (0..200u64, 1..60u64, any::<u32>()).prop_map(|(lo, len, priority)| Action::Insert(
                 lo,
                 lo + len,
@@ -252,9 +291,17 @@ mod tests {
                         let asked = Range::new(lo, hi);
                         let mut expected: Vec<_> =
                             list.iter().filter(|(range, _)| range.overlaps(&asked)).collect();
-                        expected.sort_by_key(|(range, name)| (range.lo, *name));
+                        expected.sort_by_key(|(range, name)| key(*range, *name));
                         let expected: Vec<u32> = expected.iter().map(|(_, name)| *name).collect();
                         prop_assert_eq!(found(&intervals, asked), expected);
+                        for (range, _) in &list {
+                            let mut names = Vec::new();
+                            intervals.same(*range, &mut |name| names.push(name));
+                            let same = list.iter().filter(|(r, _)| r == range);
+                            let mut expected: Vec<u32> = same.map(|(_, name)| *name).collect();
+                            expected.sort_unstable();
+                            prop_assert_eq!(names, expected);
+                        }
                     }
                 }
             }

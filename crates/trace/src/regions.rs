@@ -12,8 +12,9 @@ use crate::kind::{Kind, Range, Semantics, Sense};
 use crate::vcpu::{VcpuId, VcpuSet};
 
 const PAGE_SHIFT: u32 = 12;
-/// Regions of more pages than this are kept apart, not per page.
-const WIDE: u64 = 16;
+/// Regions of more pages than this are kept apart, not per page: most regions have fewer, but for
+/// runs of shared pages.
+const WIDE: u64 = 2;
 
 /// Names a region. A name is not used again when its region is gone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -41,8 +42,6 @@ pub struct Region {
     /// Its own, instead of those of its kind.
     pub semantics: Option<Semantics>,
 }
-
-type Key = (Range, Kind, Sense, u64);
 
 #[derive(Debug)]
 struct Slot {
@@ -74,7 +73,6 @@ impl Page {
 pub struct Regions {
     slots: Vec<Slot>,
     free: Vec<u32>,
-    by_key: HashMap<Key, u32>,
     by_page: HashMap<u64, Page>,
     wide: Intervals,
     /// State of the generator of the trees' priorities, which a guest must not foresee.
@@ -87,7 +85,6 @@ impl Default for Regions {
         Self {
             slots: Vec::new(),
             free: Vec::new(),
-            by_key: HashMap::new(),
             by_page: HashMap::new(),
             wide: Intervals::default(),
             random: RandomState::new().hash_one(0) | 1,
@@ -116,8 +113,7 @@ impl Regions {
         cookie: u64,
         consumers: VcpuSet,
     ) -> TraceId {
-        let key = (range, kind, sense, cookie);
-        if let Some(&slot) = self.by_key.get(&key)
+        if let Some(slot) = self.find(range, kind, sense, cookie)
             && let Some(region) = &mut self.slots[slot as usize].region
         {
             region.consumers = region.consumers.union(consumers);
@@ -141,7 +137,6 @@ impl Regions {
             consumers,
             semantics: None,
         });
-        self.by_key.insert(key, slot);
         self.len += 1;
         if is_wide(&range) {
             let priority = self.priority();
@@ -156,6 +151,24 @@ impl Regions {
             }
         }
         id
+    }
+
+    /// The slot of the region with exactly this range, kind, sense and cookie.
+    fn find(&self, range: Range, kind: Kind, sense: Sense, cookie: u64) -> Option<u32> {
+        let regions = if is_wide(&range) {
+            &self.wide
+        } else {
+            &self.by_page.get(pages(&range).start())?.regions
+        };
+        let mut found = None;
+        regions.same(range, &mut |slot| {
+            let place = self.slots.get(slot as usize);
+            let region = place.and_then(|place| place.region.as_ref());
+            if region.is_some_and(|r| (r.kind, r.sense, r.cookie) == (kind, sense, cookie)) {
+                found = Some(slot);
+            }
+        });
+        found
     }
 
     /// The next number of a xorshift generator.
@@ -203,8 +216,6 @@ impl Regions {
         place.generation = place.generation.wrapping_add(1);
         self.free.push(slot);
         self.len -= 1;
-        self.by_key
-            .remove(&(region.range, region.kind, region.sense, region.cookie));
         if is_wide(&region.range) {
             self.wide.remove(region.range, slot);
             return Some(region);
@@ -221,6 +232,30 @@ impl Regions {
             }
         }
         Some(region)
+    }
+
+    /// Takes the bytes of `range` out of the regions of this kind and cookie. What is left of a
+    /// region on either side stays one, with the same consumers, under a new name. Returns the
+    /// regions as they were.
+    pub fn exclude(&mut self, range: Range, kind: Kind, cookie: u64) -> Vec<Region> {
+        let mut hit = Vec::new();
+        self.hits(range, Sense::BOTH, &mut |region| {
+            if region.kind == kind && region.cookie == cookie {
+                hit.push(*region);
+            }
+        });
+        for region in &hit {
+            self.remove(region.id);
+            let before = Range::new(region.range.lo, range.lo);
+            let behind = Range::new(range.hi, region.range.hi);
+            for rest in [before, behind].into_iter().filter(|rest| !rest.is_empty()) {
+                let id = self.add(rest, kind, region.sense, cookie, region.consumers);
+                if let Some(semantics) = region.semantics {
+                    self.set_semantics(id, semantics);
+                }
+            }
+        }
+        hit
     }
 
     /// Calls `found` with every region that an access of kind `sense` to `range` hits, once each.
@@ -409,6 +444,47 @@ mod tests {
         assert_eq!(consumers(&regions, 0x1000, 0x1001), VcpuSet::EMPTY);
         let hits = hits(&regions, 0x1000, 0x1001, Sense::READ);
         assert_eq!(hits.len(), 1);
+    }
+
+    #[test]
+    fn a_part_is_taken_out() {
+        let mut regions = Regions::default();
+        let range = Range::new(0x1_0000, 0x5_0000);
+        for cookie in [7, 8] {
+            let id = regions.add(range, Kind::Share, Sense::WRITE, cookie, set(&[A, C]));
+            regions.set_semantics(id, Semantics::PreWriteValue);
+        }
+        let part = Range::new(0x2_0000, 0x2_1000);
+        let was = regions.exclude(part, Kind::Share, 7);
+        assert_eq!(was.iter().map(|r| r.range).collect::<Vec<_>>(), [range]);
+        let ranges = |regions: &Regions, lo, hi| -> Vec<_> {
+            let hits = hits(regions, lo, hi, Sense::WRITE);
+            hits.iter()
+                .filter(|r| r.cookie == 7)
+                .map(|r| (r.range.lo, r.range.hi, r.consumers, r.semantics))
+                .collect()
+        };
+        let rest = (set(&[A, C]), Some(Semantics::PreWriteValue));
+        assert_eq!(
+            ranges(&regions, 0, 1 << 20),
+            [
+                (0x1_0000, 0x2_0000, rest.0, rest.1),
+                (0x2_1000, 0x5_0000, rest.0, rest.1)
+            ]
+        );
+        assert_eq!(ranges(&regions, 0x2_0000, 0x2_1000), []);
+        // The other cookie's is whole.
+        assert_eq!(regions.sense_of_page(0x20), Sense::WRITE);
+        assert!(regions.exclude(part, Kind::Share, 7).is_empty());
+        // From the edges inward; nothing remains.
+        regions.exclude(Range::new(0, 0x1_1000), Kind::Share, 7);
+        regions.exclude(Range::new(0x3_0000, 0x9_0000), Kind::Share, 7);
+        assert_eq!(ranges(&regions, 0, 1 << 20).len(), 2);
+        regions.exclude(range, Kind::Share, 7);
+        assert_eq!(regions.len(), 1);
+        regions.exclude(range, Kind::Share, 8);
+        assert!(regions.is_empty());
+        assert_eq!(regions.sense_of_page(0x20), Sense::default());
     }
 
     #[test]

@@ -399,6 +399,30 @@ impl TraceSystem {
         }
     }
 
+    /// Takes the bytes of `range` out of the traces of this kind and cookie, for all their consumers.
+    /// What is left on either side of it stays traced all the time, under a new name. May be called
+    /// where [`Self::remove`] may; of an access that is under way, consumers may still be notified.
+    pub fn exclude(&self, range: Range, kind: Kind, cookie: u64) {
+        if range.is_empty() {
+            return;
+        }
+        let mut regions = write(&self.regions);
+        for gone in regions.exclude(range, kind, cookie) {
+            let part = Range::new(range.lo.max(gone.range.lo), range.hi.min(gone.range.hi));
+            self.observing
+                .record(Place::Machine, 0, |span| Record::Removed {
+                    at: span.end,
+                    range: part,
+                    kind,
+                    sense: gone.sense,
+                });
+            for page in pages(&part) {
+                self.sensor
+                    .relax(page << PAGE_SHIFT, regions.sense_of_page(page));
+            }
+        }
+    }
+
     /// The device whose registers `actor` is about to access at `range`, by its cookie, with the
     /// range of its registers: an event of kind `device`. Takes no lane; reading a device's
     /// registers changes no derived structure.

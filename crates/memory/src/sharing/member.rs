@@ -1,10 +1,10 @@
 //! A machine's membership in a pool, and what the pool knows of it.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering::SeqCst};
 use std::sync::{Arc, Weak};
 
-use trapline_trace::{TraceId, TraceSystem, VcpuSet};
+use trapline_trace::{TraceSystem, VcpuSet};
 
 use super::pool::SharingPool;
 use crate::GuestMemory;
@@ -100,10 +100,11 @@ pub struct Records {
     pub backing: Vec<Backing>,
     /// Own pages that are not in the machine's file.
     pub private: BTreeSet<usize>,
-    /// The traces of pages that are protecting or shared.
-    pub traces: HashMap<usize, TraceId>,
-    /// Traces to be removed.
-    pub released: Vec<TraceId>,
+    /// The pages that are protecting or shared, in runs that one trace covers: by the first page, how
+    /// many pages, and the trace's cookie, which no other trace of the pool has.
+    pub traced: BTreeMap<usize, (usize, u64)>,
+    /// Pages to be taken out of the trace with this cookie.
+    pub released: Vec<(usize, u64)>,
     pub statistics: MemberStatistics,
 }
 
@@ -120,7 +121,7 @@ impl Records {
             everyone,
             backing: vec![FILE; pages],
             private: BTreeSet::new(),
-            traces: HashMap::new(),
+            traced: BTreeMap::new(),
             released: Vec::new(),
             statistics: MemberStatistics::default(),
         }
@@ -170,10 +171,21 @@ impl Records {
 
     /// The trace of a page is no longer needed.
     pub fn release_trace(&mut self, member: &Member, page: usize) {
-        if let Some(id) = self.traces.remove(&page) {
-            self.released.push(id);
-            member.released.store(true, SeqCst);
+        let Some((&first, &(count, cookie))) = self.traced.range(..=page).next_back() else {
+            return;
+        };
+        let end = first + count;
+        if page >= end {
+            return;
         }
+        self.traced.remove(&first);
+        for (first, end) in [(first, page), (page + 1, end)] {
+            if first < end {
+                self.traced.insert(first, (end - first, cookie));
+            }
+        }
+        self.released.push((page, cookie));
+        member.released.store(true, SeqCst);
     }
 }
 

@@ -2,11 +2,11 @@
 
 use std::sync::Arc;
 
-use trapline_trace::{Kind, Range, Sense, TraceId, TraceSystem};
+use trapline_trace::{Kind, Range, Sense, TraceSystem};
 
 use super::mapping::Run;
 use super::member::{Backing, FILE, Member, OWN, PROTECTING, SHARED, ZEROS};
-use super::pool::{Inner, SharingPool, remove_trace};
+use super::pool::{Inner, SharingPool};
 use super::slots::{self, Slots};
 use super::{Bytes, PAGE};
 use crate::GuestMemory;
@@ -96,11 +96,11 @@ impl SharingPool {
                 }
             }
         }
-        self.remove_released(member, &machine.trace);
+        self.remove_released(&machine.memory, member, &machine.trace);
         done
     }
 
-    /// Establishes the traces of a run's pages. When it returns true, writes to those pages whose
+    /// Establishes one trace for a run's pages. When it returns true, writes to those pages whose
     /// state is still *protecting* have been sensed from some moment on, and none has happened
     /// since that moment.
     fn protect(&self, machine: &Machine, member: &Member, first: usize, count: usize) -> bool {
@@ -120,54 +120,30 @@ impl SharingPool {
             }
             records.everyone
         };
-        // One trace for the whole run first: the VCPUs are stopped once for it, not once per page.
-        let whole = self.establish(machine, everyone, gpa, count);
-        let ids: Vec<Option<TraceId>> = (0..count)
-            .map(|n| self.establish(machine, everyone, gpa + (n * PAGE) as u64, 1))
-            .collect();
-        {
-            let mut inner = self.lock();
-            if let Some(records) = inner.members.get_mut(&member.id) {
-                for (page, id) in (first..).zip(&ids) {
-                    if let Some(id) = id {
-                        records.traces.insert(page, *id);
-                    } else {
-                        member.set_state(page, OWN);
-                    }
-                    if member.state(page) == OWN {
-                        records.statistics.abandoned += 1;
-                        records.release_trace(member, page);
-                    }
-                }
-            }
-        }
-        if let Some(id) = whole {
-            remove_trace(&machine.trace, everyone, id);
-        }
-        true
-    }
-
-    fn establish(
-        &self,
-        machine: &Machine,
-        everyone: trapline_trace::VcpuSet,
-        gpa: u64,
-        pages: usize,
-    ) -> Option<TraceId> {
-        let range = Range::new(gpa, gpa + (pages * PAGE) as u64);
+        let cookie = self.cookie();
+        let range = Range::new(gpa, gpa + (count * PAGE) as u64);
         let (kind, sense) = (Kind::Share, Sense::WRITE);
         let trace = &machine.trace;
-        trace
-            .establish(
-                None,
-                everyone,
-                range,
-                kind,
-                sense,
-                self.cookie(),
-                &mut |_| {},
-            )
-            .ok()
+        let established = trace.establish(None, everyone, range, kind, sense, cookie, &mut |_| {});
+        let mut inner = self.lock();
+        let Some(records) = inner.members.get_mut(&member.id) else {
+            return false;
+        };
+        if established.is_err() {
+            for page in first..first + count {
+                member.set_state(page, OWN);
+            }
+            return false;
+        }
+        records.traced.insert(first, (count, cookie));
+        for page in first..first + count {
+            // Written meanwhile.
+            if member.state(page) == OWN {
+                records.statistics.abandoned += 1;
+                records.release_trace(member, page);
+            }
+        }
+        true
     }
 
     /// Maps the run's pages that are *protecting* and have the right bytes; lets the others go.

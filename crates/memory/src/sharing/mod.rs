@@ -6,7 +6,8 @@
 //! - A [`GuestMemory`](crate::GuestMemory) that has joined a pool asks it before every sensed write.
 //!
 //! # How a page becomes shared
-//! 1. It is *protecting*: a write trace of kind `share` is established for all VCPUs. From then on
+//! 1. It is *protecting*: a write trace of kind `share` is established for all VCPUs, one for its
+//!    whole run. From then on
 //!    every write, of a VCPU, a device or a debugger, is sensed, and [`Member::before_write`] is
 //!    called before it. Protect, then read: what was read before, to find a candidate, is a hint.
 //! 2. Under the pool's lock its bytes are read and compared with the copy. If it was written
@@ -20,7 +21,8 @@
 //! makes that store an event: with all VCPUs stopped (under bracketing, the default) the pool has
 //! the page copied, counts it as the machine's own again, and then the store is performed, on the
 //! private page, whole. So no semantics of kind `share`, and no mistake in the bookkeeping here,
-//! can let one machine's store reach another machine. The trace is removed after the write.
+//! can let one machine's store reach another machine. After the write the page is taken out of its
+//! run's trace ([`trapline_trace::TraceSystem::exclude`]); the other pages stay traced all the time.
 //!
 //! # Mappings
 //! A process has a limited number of mappings. Neighbouring pages that map to neighbouring copies

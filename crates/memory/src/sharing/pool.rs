@@ -5,7 +5,7 @@ use std::io;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use trapline_trace::{TraceId, TraceSystem, VcpuId, VcpuSet};
+use trapline_trace::{Kind, Range, TraceSystem, VcpuSet};
 
 use super::PAGE;
 use super::member::{FILE, Member, MemberStatistics, OWN, PROTECTING, Records, SHARED, ZEROS};
@@ -20,7 +20,8 @@ const USUAL_MAP_COUNT: usize = 65_530;
 /// Copies of pages that several machines of this process may use.
 pub struct SharingPool {
     inner: Mutex<Inner>,
-    /// Makes every trace of kind `share` a region of its own.
+    /// The next cookie: it makes every trace of kind `share` a region of its own, and names what is
+    /// left of it.
     cookie: AtomicU64,
     /// The most places where one mapping ends and another begins.
     most_mappings: usize,
@@ -169,20 +170,28 @@ impl SharingPool {
         records.release_trace(member, page);
     }
 
-    /// Removes the traces of pages that have become the machine's own. Without any lock held.
-    pub(crate) fn remove_released(&self, member: &Member, trace: &TraceSystem) {
+    /// Takes pages that have become the machine's own out of their traces. Without any lock held.
+    pub(crate) fn remove_released(
+        &self,
+        memory: &GuestMemory,
+        member: &Member,
+        trace: &TraceSystem,
+    ) {
         if !member.released.swap(false, SeqCst) {
             return;
         }
-        let (ids, everyone) = {
+        let released = {
             let mut inner = self.lock();
             let Some(records) = inner.members.get_mut(&member.id) else {
                 return;
             };
-            (std::mem::take(&mut records.released), records.everyone)
+            std::mem::take(&mut records.released)
         };
-        for id in ids {
-            remove_trace(trace, everyone, id);
+        for (page, cookie) in released {
+            if let Some(gpa) = memory.gpa_of_page(page) {
+                let range = Range::new(gpa, gpa + PAGE as u64);
+                trace.exclude(range, Kind::Share, cookie);
+            }
         }
     }
 
@@ -209,13 +218,5 @@ impl SharingPool {
             private_pages: r.private.len() as u64,
             ..r.statistics
         })
-    }
-}
-
-/// Takes all VCPUs out of a trace.
-pub(super) fn remove_trace(trace: &TraceSystem, everyone: VcpuSet, id: TraceId) {
-    for vcpu in everyone.iter() {
-        let vcpu: VcpuId = vcpu;
-        trace.remove(vcpu, id);
     }
 }

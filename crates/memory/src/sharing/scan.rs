@@ -129,6 +129,8 @@ impl Scanner {
             self.leave_machine();
         }
         self.pool.lock().passes += 1;
+        // Its memory goes back: there was an entry for every page without a partner.
+        self.alone = HashMap::new();
         step.pass_ended = true;
         step
     }
