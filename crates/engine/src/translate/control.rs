@@ -10,9 +10,9 @@ use crate::frame::field;
 use super::Context;
 use super::assembler::{Mem, reg};
 use super::emit::{Emitter, StackEffect};
-use super::memory::{Address, Look, flat_access};
+use super::memory::{Address, Look};
 use super::registers::{ADDRESS, COUNT, GUEST_RBP, GUEST_RSP, INDEX, STACK, home, host};
-use super::shared::{Effect, access};
+use super::shared::{Access, Effect, access};
 use crate::tlb::Privilege;
 
 /// Hints that access nothing as far as the guest can tell.
@@ -65,14 +65,18 @@ impl Emitter<'_> {
     pub(super) fn own_effect(&self, op: &Op) -> Effect {
         let i = &op.instruction;
         let push = Effect {
-            accesses: [None, access(GUEST_RSP, -8, 8, true)],
+            accesses: [None, Some(access(GUEST_RSP, -8, 8, true))],
             adjusted: Some((GUEST_RSP, -8)),
             ..Effect::default()
         };
         let operand = op
             .flat
             .filter(|_| i.op0_kind() == Operand::Memory)
-            .and_then(|flat| flat_access(&flat, 8, false));
+            .map(|address| Access {
+                address,
+                size: 8,
+                write: false,
+            });
         match op.kind {
             OpKind::Call => push,
             OpKind::JumpIndirect => Effect {
@@ -84,29 +88,31 @@ impl Emitter<'_> {
                 ..push
             },
             OpKind::Return(_) => Effect {
-                accesses: [None, access(GUEST_RSP, 0, 8, false)],
+                accesses: [None, Some(access(GUEST_RSP, 0, 8, false))],
                 ..Effect::default()
             },
             OpKind::Pop => {
                 let register = RegOperand::new(i.op0_register());
                 let guest = register.map_or(GUEST_RSP, |r| usize::from(r.index));
                 Effect {
-                    accesses: [None, access(GUEST_RSP, 0, 8, false)],
+                    accesses: [None, Some(access(GUEST_RSP, 0, 8, false))],
                     written: 1 << guest,
                     adjusted: Some((GUEST_RSP, 8)),
                     ..Effect::default()
                 }
             }
             OpKind::Frame => Effect {
-                accesses: [access(GUEST_RBP, 0, 8, false), None],
+                accesses: [Some(access(GUEST_RBP, 0, 8, false)), None],
                 written: 1 << GUEST_RBP | 1 << GUEST_RSP,
                 ..Effect::default()
             },
             OpKind::System if i.mnemonic() == Mnemonic::Pushfq => push,
-            OpKind::System if i.mnemonic() == Mnemonic::Pause => Effect {
-                barrier: true,
-                ..Effect::default()
-            },
+            OpKind::System if matches!(i.mnemonic(), Mnemonic::Pause | Mnemonic::Swapgs) => {
+                Effect {
+                    barrier: true,
+                    ..Effect::default()
+                }
+            }
             _ => Effect::default(),
         }
     }

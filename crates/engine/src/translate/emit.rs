@@ -9,10 +9,10 @@ use crate::native::form::{Form, STATUS};
 
 use super::Context;
 use super::assembler::{Assembler, Label, Mem, cond};
-use super::memory::{Address, Look, flat_access};
+use super::memory::{Address, Look};
 use super::plain::Plan;
 use super::registers::{ADDRESS, COUNT, INDEX};
-use super::shared::{Effect, Shares};
+use super::shared::{Access, Effect, Shares};
 use super::stubs::Stubs;
 use crate::decode::op::FlatAddress;
 use crate::native::ThunkError;
@@ -322,7 +322,11 @@ impl Emitter<'_> {
             Treatment::Own => self.own_effect(op),
             Treatment::Plain(_, look) => {
                 let operand = look.and_then(|look| match look.address {
-                    Address::Flat(flat) => flat_access(&flat, look.size, look.write),
+                    Address::Flat(address) => Some(Access {
+                        address,
+                        size: look.size,
+                        write: look.write,
+                    }),
                     Address::Relative(..) => None,
                 });
                 let adjusted = adjusted(op);

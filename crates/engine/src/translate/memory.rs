@@ -16,7 +16,6 @@ use crate::frame::{field, tlb_hosts, tlb_pages};
 use super::assembler::{Label, Mem, cond, reg};
 use super::emit::{Deferred, Emitter};
 use super::registers::{ADDRESS, COUNT, INDEX, home, host};
-use super::shared::{Access, access};
 
 /// Where an operand is.
 #[derive(Clone, Copy, Debug)]
@@ -35,15 +34,6 @@ pub struct Look {
     pub write: bool,
     /// The guest's flags must survive.
     pub keep_flags: bool,
-}
-
-/// The access of a flat operand, if its distance from one register is constant.
-pub(super) fn flat_access(flat: &FlatAddress, size: u16, write: bool) -> Option<Access> {
-    let base = usize::from(flat.base);
-    let constant = flat.index == NO_REGISTER && flat.segment == NO_REGISTER && base < 16;
-    constant
-        .then(|| access(base, flat.displacement as i64, size, write))
-        .flatten()
 }
 
 /// The kind of an access as the helper gets it: table and size.
@@ -128,8 +118,8 @@ impl Emitter<'_> {
             return share.offset;
         }
         let window = Look {
-            address: Address::Relative(group.base, group.low),
-            size: (group.high - group.low) as u16,
+            address: Address::Flat(group.window()),
+            size: group.size(),
             write: group.write,
             keep_flags: look.keep_flags,
         };
@@ -228,10 +218,10 @@ impl Emitter<'_> {
         let again: Vec<(Look, i32)> = self
             .shares
             .in_use((self.operation, access))
-            .map(|(group, low)| {
+            .map(|(group, address)| {
                 let window = Look {
-                    address: Address::Relative(group.base, low),
-                    size: (group.high - group.low) as u16,
+                    address: Address::Flat(address),
+                    size: group.size(),
                     write: group.write,
                     keep_flags,
                 };
@@ -257,13 +247,20 @@ impl Emitter<'_> {
         access: usize,
     ) {
         self.missed(label, window);
+        // The access by itself may well be found: a helper is far dearer than looking.
+        let (gone, absent) = (self.asm.label(), self.asm.label());
+        self.form_address(look.address);
+        self.find(look, absent);
+        let unshared = self.asm.label();
+        self.asm.jump(unshared);
+        self.missed(absent, look);
         self.fill(look);
-        let gone = self.asm.label();
         self.renew(access, look.keep_flags, gone);
         self.form_address(window.address);
         self.find(window, gone);
         self.asm.jump(found);
         self.missed(gone, window);
+        self.asm.bind(unshared);
         self.go_on_unshared();
     }
 

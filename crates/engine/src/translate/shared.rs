@@ -1,6 +1,7 @@
-//! One look-up for several accesses off the same register.
+//! One look-up for several accesses at constant distances from each other.
 //!
-//! Accesses of a block whose addresses differ from the first one's by constants form a *group*: the
+//! Accesses of a block whose addresses differ from the first one's by constants, because they are
+//! formed from the same registers, are a *group*: the
 //! first of them, its *leader*, looks up the *window* that all of them lie in and keeps the host
 //! address of its start in the frame; the others use that. The window is found only if it lies on
 //! one page and, if some of the accesses write, may be written to. Otherwise the block goes on in
@@ -11,18 +12,16 @@
 //! that filled the TLB, every group that is still in use is looked up again; other helpers end all
 //! groups.
 
+use crate::decode::op::{FlatAddress, NO_REGISTER};
 use crate::frame::field;
 
 /// The largest window in bytes: the larger, the more of them cross a page.
-const WINDOW: i32 = 1024;
-/// Displacements and adjustments beyond this are left alone.
-const FAR: i32 = 1 << 20;
+const WINDOW: i64 = 1024;
 
-/// An access at a constant distance from a guest register's value before the operation.
+/// An access, by the registers' values before the operation.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Access {
-    pub base: usize,
-    pub displacement: i32,
+    pub address: FlatAddress,
     pub size: u16,
     pub write: bool,
 }
@@ -36,7 +35,7 @@ pub(super) struct Effect {
     pub written: u16,
     /// A register to which a constant is added.
     pub adjusted: Option<(usize, i32)>,
-    /// A helper executes it.
+    /// A helper executes it, or the bases of segments change.
     pub barrier: bool,
 }
 
@@ -45,10 +44,11 @@ type Position = (usize, usize);
 
 #[derive(Clone, Debug)]
 pub(super) struct Group {
-    pub base: usize,
-    /// The window, from what the base holds at the leader.
-    pub low: i32,
-    pub high: i32,
+    /// The registers, without displacement.
+    address: FlatAddress,
+    /// The window: displacements from what they give at the leader.
+    low: i64,
+    high: i64,
     pub write: bool,
     /// Where in the frame the window's host address is kept.
     pub field: i32,
@@ -75,39 +75,79 @@ pub(super) struct Shares {
 
 struct Open {
     group: Group,
-    /// How much was added to the base since the leader.
-    delta: i32,
-    members: Vec<(Position, i32)>,
+    /// How much the registers' sum has grown since the leader.
+    delta: i64,
+    members: Vec<(Position, i64)>,
+}
+
+/// How much adding `by` to a register adds to an address.
+fn growth(address: &FlatAddress, register: usize, by: i32) -> i64 {
+    let part = |number: u8, shift: u8| {
+        if usize::from(number) == register {
+            i64::from(by) << (shift & 3)
+        } else {
+            0
+        }
+    };
+    part(address.base, 0) + part(address.index, address.scale)
+}
+
+/// The registers of an address, a bit each.
+fn registers(address: &FlatAddress) -> u16 {
+    let bit = |number: u8| {
+        if number == NO_REGISTER {
+            0
+        } else {
+            1 << (number & 15)
+        }
+    };
+    bit(address.base) | bit(address.index)
+}
+
+impl Group {
+    /// The window's address, by what the registers hold at the leader.
+    pub fn window(&self) -> FlatAddress {
+        self.window_after(0)
+    }
+
+    /// The same when their sum has grown by `delta`.
+    fn window_after(&self, delta: i64) -> FlatAddress {
+        FlatAddress {
+            displacement: self.low.wrapping_sub(delta) as u64,
+            ..self.address
+        }
+    }
+
+    /// Bytes of the window; at most [`WINDOW`].
+    pub fn size(&self) -> u16 {
+        (self.high - self.low) as u16
+    }
 }
 
 impl Shares {
     /// Forms groups over a block's operations.
     pub fn of(effects: &[Effect]) -> Self {
-        let mut open: [Option<Open>; 16] = Default::default();
+        let mut open: Vec<Open> = Vec::new();
         let mut closed = Vec::new();
         for (n, effect) in effects.iter().enumerate() {
             for (k, access) in effect.accesses.iter().enumerate() {
                 let Some(access) = access else { continue };
-                let place = &mut open[access.base & 15];
-                let joined = place.as_mut().is_some_and(|open| open.join((n, k), access));
+                let joined = open.iter_mut().any(|open| open.join((n, k), access));
                 if !joined {
-                    closed.extend(place.take());
-                    *place = Some(Open::new((n, k), access));
+                    open.push(Open::new((n, k), access));
                 }
             }
-            for (register, place) in open.iter_mut().enumerate() {
-                let adjusted = effect.adjusted.filter(|&(r, _)| r == register);
-                if effect.barrier || effect.written >> register & 1 != 0 {
-                    closed.extend(place.take());
-                } else if let (Some((_, by)), Some(open)) = (adjusted, place.as_mut()) {
-                    open.delta = open.delta.saturating_add(by);
-                    if open.delta.abs() > FAR {
-                        closed.extend(place.take());
-                    }
+            let ends = |open: &mut Open| {
+                effect.barrier || registers(&open.group.address) & effect.written != 0
+            };
+            closed.extend(open.extract_if(.., ends));
+            if let Some((register, by)) = effect.adjusted {
+                for open in &mut open {
+                    open.delta += growth(&open.group.address, register, by);
                 }
             }
         }
-        closed.extend(open.into_iter().flatten());
+        closed.extend(open);
         closed.retain(|open| open.members.len() > 1);
         closed.sort_by_key(|open| open.group.first);
 
@@ -134,7 +174,7 @@ impl Shares {
                 shares.shares[n][k] = Some(Share {
                     group: shares.groups.len(),
                     leads: (n, k) == group.first,
-                    offset: displacement - group.low,
+                    offset: (displacement - group.low) as i32,
                 });
             }
             shares.groups.push(group);
@@ -147,50 +187,65 @@ impl Shares {
     }
 
     /// The groups that were looked up before this access and are used by it or behind it, with the
-    /// displacement of their window from what their base holds now.
-    pub fn in_use(&self, at: Position) -> impl Iterator<Item = (&Group, i32)> {
+    /// address of their window by what the registers hold now.
+    pub fn in_use(&self, at: Position) -> impl Iterator<Item = (&Group, FlatAddress)> {
         self.groups
             .iter()
             .filter(move |group| group.first < at && at <= group.last)
             .map(move |group| {
                 let since = self.adjusted.get(group.first.0..at.0).unwrap_or_default();
-                let delta: i32 = since
+                let delta = since
                     .iter()
                     .flatten()
-                    .filter(|(register, _)| *register == group.base)
-                    .map(|(_, by)| by)
+                    .map(|&(register, by)| growth(&group.address, register, by))
                     .sum();
-                (group, group.low - delta)
+                (group, group.window_after(delta))
             })
     }
 }
 
 impl Open {
     fn new(at: Position, access: &Access) -> Self {
+        let low = access.address.displacement as i64;
         Self {
             group: Group {
-                base: access.base & 15,
-                low: access.displacement,
-                high: access.displacement + i32::from(access.size),
+                address: FlatAddress {
+                    displacement: 0,
+                    ..access.address
+                },
+                low,
+                high: low.wrapping_add(i64::from(access.size)),
                 write: access.write,
                 field: 0,
                 first: at,
                 last: at,
             },
             delta: 0,
-            members: vec![(at, access.displacement)],
+            members: vec![(at, low)],
         }
     }
 
-    /// Adds an access unless the window would become too large.
+    /// Adds an access of the same registers unless the window would become too large.
     fn join(&mut self, at: Position, access: &Access) -> bool {
-        let displacement = access.displacement + self.delta;
-        let low = self.group.low.min(displacement);
-        let high = self.group.high.max(displacement + i32::from(access.size));
-        if high - low > WINDOW {
+        let group = &mut self.group;
+        let registers = FlatAddress {
+            displacement: 0,
+            ..access.address
+        };
+        if registers != group.address {
             return false;
         }
-        let group = &mut self.group;
+        let displacement = (access.address.displacement as i64).wrapping_add(self.delta);
+        let low = group.low.min(displacement);
+        let high = group
+            .high
+            .max(displacement.wrapping_add(i64::from(access.size)));
+        if high
+            .checked_sub(low)
+            .is_none_or(|size| !(1..=WINDOW).contains(&size))
+        {
+            return false;
+        }
         (group.low, group.high, group.last) = (low, high, at);
         group.write |= access.write;
         self.members.push((at, displacement));
@@ -198,15 +253,19 @@ impl Open {
     }
 }
 
-/// An access if its displacement is not far.
-pub(super) fn access(base: usize, displacement: i64, size: u16, write: bool) -> Option<Access> {
-    let displacement = i32::try_from(displacement).ok()?;
-    (displacement.abs() <= FAR && i32::from(size) <= WINDOW).then_some(Access {
-        base,
-        displacement,
+/// An access at a distance from one register.
+pub(super) fn access(base: usize, displacement: i64, size: u16, write: bool) -> Access {
+    Access {
+        address: FlatAddress {
+            base: base as u8,
+            index: NO_REGISTER,
+            scale: 0,
+            segment: NO_REGISTER,
+            displacement: displacement as u64,
+        },
         size,
         write,
-    })
+    }
 }
 
 #[cfg(test)]
@@ -215,14 +274,14 @@ mod tests {
 
     fn at(base: usize, displacement: i64, write: bool) -> Effect {
         Effect {
-            accesses: [access(base, displacement, 8, write), None],
+            accesses: [Some(access(base, displacement, 8, write)), None],
             ..Effect::default()
         }
     }
 
     fn push() -> Effect {
         Effect {
-            accesses: [None, access(4, -8, 8, true)],
+            accesses: [None, Some(access(4, -8, 8, true))],
             adjusted: Some((4, -8)),
             ..Effect::default()
         }
@@ -234,12 +293,15 @@ mod tests {
         let [group] = &shares.groups[..] else {
             panic!("{:?}", shares.groups);
         };
-        assert_eq!((group.low, group.high, group.write), (-24, 0, true));
+        assert_eq!((group.low, group.size(), group.write), (-24, 24, true));
         let offsets = [0, 1, 2].map(|n| shares.share(n, 1).unwrap().offset);
         assert_eq!(offsets, [16, 8, 0]);
         assert!(shares.share(0, 1).unwrap().leads && !shares.share(1, 1).unwrap().leads);
         // Before the third push, RSP is 16 lower than at the leader.
-        let in_use: Vec<_> = shares.in_use((2, 0)).map(|(_, low)| low).collect();
+        let in_use: Vec<_> = shares
+            .in_use((2, 0))
+            .map(|(_, window)| window.displacement as i64)
+            .collect();
         assert_eq!(in_use, [-8]);
         assert_eq!(shares.in_use((0, 1)).count(), 0);
     }
@@ -259,8 +321,47 @@ mod tests {
         ];
         let shares = Shares::of(&ops);
         assert_eq!(shares.groups.len(), 1);
-        assert!(shares.groups[0].base == 5 && shares.groups[0].write);
+        assert!(shares.groups[0].address.base == 5 && shares.groups[0].write);
         assert_eq!(shares.share(0, 0), None);
+    }
+
+    #[test]
+    fn an_index_counts_by_its_scale() {
+        let indexed = |displacement: i64| Effect {
+            accesses: [
+                Some(Access {
+                    address: FlatAddress {
+                        base: 3,
+                        index: 5,
+                        scale: 3,
+                        segment: NO_REGISTER,
+                        displacement: displacement as u64,
+                    },
+                    size: 4,
+                    write: false,
+                }),
+                None,
+            ],
+            ..Effect::default()
+        };
+        let next = Effect {
+            adjusted: Some((5, 2)),
+            ..Effect::default()
+        };
+        let shares = Shares::of(&[indexed(0), at(3, 0, false), next, indexed(-4)]);
+        assert_eq!(shares.groups.len(), 1);
+        assert_eq!(shares.share(3, 0).unwrap().offset, 12);
+        let after: Vec<_> = shares.in_use((3, 0)).collect();
+        assert_eq!(after[0].1.displacement as i64, -16);
+        let change = Effect {
+            written: 1 << 5,
+            ..Effect::default()
+        };
+        assert!(
+            Shares::of(&[indexed(0), change, indexed(4)])
+                .groups
+                .is_empty()
+        );
     }
 
     #[test]
