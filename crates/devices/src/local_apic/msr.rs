@@ -19,7 +19,7 @@ impl LocalApics {
         let apic = self.apic(vcpu)?;
         match index {
             IA32_APIC_BASE => Some(apic.base.load(Ordering::SeqCst)),
-            IA32_TSC_DEADLINE => Some(apic.tsc_deadline()),
+            IA32_TSC_DEADLINE => Some(apic.tsc_deadline(self.timers.now())),
             _ => {
                 let register = x2apic_register(apic, index)?;
                 match register {

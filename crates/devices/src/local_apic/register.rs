@@ -144,9 +144,7 @@ impl Apic {
     fn set_spurious(&self, value: u32) {
         self.spurious.store(value & 0x3ff, Ordering::SeqCst);
         if !self.software_enabled() {
-            for lvt in &self.lvt {
-                lvt.fetch_or(MASKED, Ordering::SeqCst);
-            }
+            self.mask_all(self.deadline.now());
         }
     }
 
@@ -159,9 +157,11 @@ impl Apic {
         if value & Lvt::LEVEL != 0 {
             value |= old & Lvt::REMOTE_REQUEST;
         }
+        if entry == Lvt::Timer {
+            return self.write_timer_entry(value, self.deadline.now());
+        }
         self.set_lvt(entry, value);
         match entry {
-            Lvt::Timer => self.timer_mode_changed(old, value),
             // An 8259 may have waited behind the mask; a level-triggered pin too.
             Lvt::Lint0 if self.pins[0].load(Ordering::SeqCst) => {
                 let asked = value & Lvt::REMOTE_REQUEST != 0;

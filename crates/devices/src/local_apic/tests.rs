@@ -587,3 +587,52 @@ fn posting_races_lose_nothing() {
     });
     assert_eq!(taken, 20_000);
 }
+
+#[test]
+fn what_the_guest_does_comes_after_an_end_that_has_passed() {
+    // The service has not called yet in any of these.
+    let machine = machine(1);
+    let late = |by: u64| {
+        let clock = &machine.bench.clock;
+        clock.set(machine.bench.timers.now() + by);
+    };
+    machine.store(0, 0x3e0, 0b1011);
+    machine.store(0, 0x320, 0x1_0030);
+    machine.store(0, 0x380, 1_000);
+    late(2_000);
+    machine.store(0, 0x320, 0x30);
+    machine.bench.timers.fire_due();
+    assert!(!machine.local(0).pending(), "it ended masked");
+
+    machine.store(0, 0x380, 1_000);
+    late(2_000);
+    machine.store(0, 0x320, 0x1_0030);
+    assert_eq!(machine.drain(0), [0x30], "it ended before the mask");
+
+    machine.store(0, 0x320, 0x30);
+    machine.store(0, 0x380, 1_000);
+    late(2_000);
+    assert_eq!(machine.load(0, 0x390), 0);
+    assert_eq!(machine.drain(0), [0x30], "zero has been seen");
+    machine.bench.timers.fire_due();
+    assert!(!machine.local(0).pending());
+
+    machine.store(0, 0x380, 1_000);
+    late(2_000);
+    machine.store(0, 0x380, 0);
+    assert_eq!(machine.drain(0), [0x30], "it ended before it was stopped");
+
+    machine.store(0, 0x320, 0x4_0030);
+    let deadline = 2 * machine.bench.timers.now() + 1_000;
+    machine.wrmsr(0, DEADLINE, deadline).unwrap();
+    late(2_000);
+    assert_eq!(machine.rdmsr(0, DEADLINE), Some(0));
+    assert_eq!(machine.drain(0), [0x30]);
+
+    machine
+        .wrmsr(0, DEADLINE, 2 * machine.bench.timers.now() + 1_000)
+        .unwrap();
+    late(2_000);
+    machine.store(0, 0xf0, 0xff);
+    assert_eq!(machine.drain(0), [0x30], "it ended before the APIC did");
+}

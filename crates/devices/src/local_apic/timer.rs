@@ -1,8 +1,14 @@
 //! The local timer: one-shot, periodic and TSC-deadline.
+//!
+//! The timer service may call long after a count has ended. Its end is an event of its time all
+//! the same: whatever the guest does to the timer or its entry comes after it, so each such access
+//! first carries out an end that has passed ([`Apic::settle`]). Otherwise a count that ended masked
+//! could interrupt after the guest has unmasked it.
 
-use std::sync::Weak;
+use std::sync::atomic::Ordering;
+use std::sync::{MutexGuard, Weak};
 
-use super::register::Lvt;
+use super::register::{Lvt, MASKED};
 use super::{Apic, LocalApics};
 use crate::clock::scale_up;
 use crate::lock;
@@ -111,9 +117,10 @@ impl Apic {
     }
 
     pub(super) fn current_count(&self, now: u64) -> u32 {
-        let timer = lock(&self.timer);
         match self.timer_mode() {
-            mode @ (TimerMode::OneShot | TimerMode::Periodic) => timer.remaining(now, mode),
+            TimerMode::OneShot => self.settled(now).remaining(now, TimerMode::OneShot),
+            // Reading must not make interrupts more frequent than they are bound to be.
+            TimerMode::Periodic => lock(&self.timer).remaining(now, TimerMode::Periodic),
             _ => 0,
         }
     }
@@ -123,7 +130,7 @@ impl Apic {
     }
 
     pub(super) fn set_initial_count(&self, count: u32, now: u64) {
-        let mut timer = lock(&self.timer);
+        let mut timer = self.settled(now);
         if self.timer_mode() == TimerMode::TscDeadline {
             return;
         }
@@ -134,7 +141,7 @@ impl Apic {
 
     /// A running count goes on at the new rate from where it is.
     pub(super) fn set_divide_configuration(&self, divide: u32, now: u64) {
-        let mut timer = lock(&self.timer);
+        let mut timer = self.settled(now);
         let mode = self.timer_mode();
         let remaining = u64::from(timer.remaining(now, mode));
         timer.divide = divide & 0xb;
@@ -145,13 +152,13 @@ impl Apic {
     }
 
     /// IA32_TSC_DEADLINE, which reads as zero outside its mode and after it fired.
-    pub(super) fn tsc_deadline(&self) -> u64 {
-        lock(&self.timer).tsc_deadline
+    pub(super) fn tsc_deadline(&self, now: u64) -> u64 {
+        self.settled(now).tsc_deadline
     }
 
     /// Zero disarms; a deadline that `tsc` has reached fires at once.
     pub(super) fn set_tsc_deadline(&self, deadline: u64, tsc: u64, now: u64, frequency: u64) {
-        let mut timer = lock(&self.timer);
+        let mut timer = self.settled(now);
         if self.timer_mode() != TimerMode::TscDeadline {
             return;
         }
@@ -168,13 +175,13 @@ impl Apic {
         self.arm(&timer, now);
     }
 
-    /// The timer's entry changed from `old` to `new`: going into or out of TSC-deadline mode
-    /// disarms the timer.
-    pub(super) fn timer_mode_changed(&self, old: u32, new: u32) {
-        let (old, new) = (TimerMode::of(old), TimerMode::of(new));
+    /// Writes the timer's entry. Going into or out of TSC-deadline mode disarms the timer.
+    pub(super) fn write_timer_entry(&self, value: u32, now: u64) {
+        let mut timer = self.settled(now);
+        let (old, new) = (self.timer_mode(), TimerMode::of(value));
+        self.set_lvt(Lvt::Timer, value);
         let counts = |mode| matches!(mode, TimerMode::OneShot | TimerMode::Periodic);
         if old != new && !(counts(old) && counts(new)) {
-            let mut timer = lock(&self.timer);
             timer.expiry = None;
             timer.initial = 0;
             timer.tsc_deadline = 0;
@@ -182,8 +189,26 @@ impl Apic {
         }
     }
 
+    /// The APIC is disabled by software: every entry becomes masked.
+    pub(super) fn mask_all(&self, now: u64) {
+        let _timer = self.settled(now);
+        for lvt in &self.lvt {
+            lvt.fetch_or(MASKED, Ordering::SeqCst);
+        }
+    }
+
     fn count_ended(&self, now: u64) {
+        drop(self.settled(now));
+    }
+
+    /// The timer, of whose counts none has ended unnoticed before `now`.
+    fn settled(&self, now: u64) -> MutexGuard<'_, Countdown> {
         let mut timer = lock(&self.timer);
+        self.settle(&mut timer, now);
+        timer
+    }
+
+    fn settle(&self, timer: &mut Countdown, now: u64) {
         let Some(expiry) = timer.expiry.filter(|&expiry| expiry <= now) else {
             return;
         };
@@ -197,7 +222,7 @@ impl Apic {
             }
             _ => None,
         };
-        self.arm(&timer, now);
+        self.arm(timer, now);
         self.local_event(Lvt::Timer);
     }
 
