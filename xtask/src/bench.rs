@@ -1,5 +1,7 @@
 //! `cargo xtask bench`: the same work natively, under Trapline and under QEMU's TCG, side by side.
 
+mod plot;
+
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::fs;
@@ -19,9 +21,12 @@ pub struct Options {
     /// Measure so often, in turns, and take the medians
     #[arg(long, default_value_t = 3)]
     rounds: usize,
-    /// Virtual processors of the guests
-    #[arg(long, default_value_t = 2)]
-    cpus: u8,
+    /// Virtual processors of the guests; one table for each number
+    #[arg(long, default_values_t = [1, 2], value_delimiter = ',')]
+    cpus: Vec<u8>,
+    /// Draw the last table into this SVG file
+    #[arg(long, value_name = "PATH")]
+    plot: Option<PathBuf>,
     /// Only these rows
     rows: Vec<String>,
 }
@@ -62,46 +67,89 @@ pub fn run(options: &Options) -> Result<()> {
         println!("bench: qemu-system-x86_64 is not installed, so its column stays empty");
     }
 
+    let mut last = None;
+    for &cpus in &options.cpus {
+        let speeds = measure(
+            options,
+            cpus,
+            &guest.kernel,
+            &initramfs,
+            [&trapline, &program],
+        )?;
+        print!("\n{}", table(&speeds));
+        println!("\n{}", boots(&speeds.our_boots, &speeds.their_boots));
+        println!(
+            "{cpus} VCPUs, 512 MiB, medians of {} rounds in turns; {}",
+            options.rounds.max(1),
+            qemu.as_deref().unwrap_or_default()
+        );
+        last = Some((speeds, cpus));
+    }
+    if let (Some(path), Some((speeds, cpus))) = (&options.plot, &last) {
+        fs::write(path, plot::svg(speeds, *cpus))
+            .with_context(|| format!("cannot write {}", path.display()))?;
+    }
+    Ok(())
+}
+
+/// The medians of one series of rounds.
+#[derive(Default)]
+struct Speeds {
+    native: Rates,
+    ours: Rates,
+    theirs: Rates,
+    our_boots: Vec<Guest>,
+    their_boots: Vec<Guest>,
+}
+
+/// All rounds with `cpus` VCPUs; `programs`: trapline, and what is measured.
+fn measure(
+    options: &Options,
+    cpus: u8,
+    kernel: &Path,
+    initramfs: &Path,
+    programs: [&Path; 2],
+) -> Result<Speeds> {
+    let [trapline, program] = programs;
+    let with_qemu = qemu_version().is_some();
     let (mut native, mut ours, mut theirs) = (Vec::new(), Vec::new(), Vec::new());
-    let (mut our_boots, mut their_boots) = (Vec::new(), Vec::new());
+    let mut speeds = Speeds::default();
     for round in 1..=options.rounds.max(1) {
-        println!("bench: round {round} of {}", options.rounds.max(1));
-        let text = project::output(Command::new(&program).args(&options.rows))?;
+        println!(
+            "bench: round {round} of {}, {cpus} VCPUs",
+            options.rounds.max(1)
+        );
+        // As many processors as the guests have.
+        let text = project::output(
+            Command::new("taskset")
+                .args(["--cpu-list", &format!("0-{}", cpus.saturating_sub(1))])
+                .arg(program)
+                .args(&options.rows),
+        )
+        .or_else(|_| project::output(Command::new(program).args(&options.rows)))?;
         native.push(rates(&text));
         let work = format!("/bin/bench-trapline {}", options.rows.join(" "));
         for (command, many) in [("true", false), (work.trim(), true)] {
             let cmdline = format!("console=ttyS0 quiet trapline.run=\"{command}\"");
-            let run = finish(by_trapline(
-                &trapline,
-                &guest.kernel,
-                &initramfs,
-                &cmdline,
-                options.cpus,
-            ))?;
-            if many { &mut ours } else { &mut our_boots }.push(run);
-            if qemu.is_some() {
-                let run = finish(by_qemu(&guest.kernel, &initramfs, &cmdline, options.cpus))?;
-                if many { &mut theirs } else { &mut their_boots }.push(run);
+            let run = finish(by_trapline(trapline, kernel, initramfs, &cmdline, cpus))?;
+            if many {
+                ours.push(run.rates);
+            } else {
+                speeds.our_boots.push(run);
+            }
+            if with_qemu {
+                let run = finish(by_qemu(kernel, initramfs, &cmdline, cpus))?;
+                if many {
+                    theirs.push(run.rates);
+                } else {
+                    speeds.their_boots.push(run);
+                }
             }
         }
     }
-    let all = |runs: &[Guest]| runs.iter().map(|r| r.rates.clone()).collect::<Vec<_>>();
-    print!(
-        "\n{}",
-        table(
-            &medians(&native),
-            &medians(&all(&ours)),
-            &medians(&all(&theirs))
-        )
-    );
-    println!("\n{}", boots(&our_boots, &their_boots));
-    println!(
-        "{} VCPUs, 512 MiB, medians of {} rounds in turns; {}",
-        options.cpus,
-        options.rounds.max(1),
-        qemu.unwrap_or_default()
-    );
-    Ok(())
+    (speeds.native, speeds.ours, speeds.theirs) =
+        (medians(&native), medians(&ours), medians(&theirs));
+    Ok(speeds)
 }
 
 fn qemu_version() -> Option<String> {
@@ -227,22 +275,36 @@ fn geometric_mean(values: &[f64]) -> Option<f64> {
     (!values.is_empty()).then(|| (sum / values.len() as f64).exp())
 }
 
-fn table(native: &Rates, ours: &Rates, theirs: &Rates) -> String {
+/// The ratio of a row's rates; `None` if one is missing, or 0 because its results were wrong.
+fn ratio(name: &str, of: &Rates, to: &Rates) -> Option<f64> {
+    let right = |rates: &Rates| rates.get(name).copied().filter(|&rate| rate > 0.0);
+    Some(right(of)? / right(to)?)
+}
+
+fn table(speeds: &Speeds) -> String {
+    let Speeds {
+        native,
+        ours,
+        theirs,
+        ..
+    } = speeds;
     let mut text = String::from(
         "| row | native | Trapline | QEMU | Trapline / native | Trapline / QEMU |\n| --- | ---: | ---: | ---: | ---: | ---: |\n",
     );
     let (mut to_native, mut to_qemu) = (Vec::new(), Vec::new());
-    let number = |v: Option<&f64>| v.map_or("–".to_owned(), |v| format!("{v:.3e}"));
+    let number = |v: Option<&f64>| match v {
+        None => "–".to_owned(),
+        Some(0.0) => "wrong".to_owned(),
+        Some(v) => format!("{v:.3e}"),
+    };
     for (name, base) in native {
         let (a, b) = (ours.get(name), theirs.get(name));
-        let ratio = |other: Option<&f64>, list: &mut Vec<f64>| match (a, other) {
-            (Some(a), Some(other)) if *other > 0.0 => {
-                list.push(a / other);
-                format!("{:.2}", a / other)
-            }
-            _ => "–".to_owned(),
+        let show = |value: Option<f64>, list: &mut Vec<f64>| {
+            list.extend(value);
+            value.map_or("–".to_owned(), |value| format!("{value:.2}"))
         };
-        let (x, y) = (ratio(Some(base), &mut to_native), ratio(b, &mut to_qemu));
+        let x = show(ratio(name, ours, native), &mut to_native);
+        let y = show(ratio(name, ours, theirs), &mut to_qemu);
         let _ = writeln!(
             text,
             "| {name} | {base:.3e} | {} | {} | {x} | {y} |",
@@ -291,7 +353,13 @@ mod tests {
     #[test]
     fn ratios_and_means() {
         let rates = |a: f64, b: f64| Rates::from([("a".to_owned(), a), ("b".to_owned(), b)]);
-        let text = table(&rates(8.0, 8.0), &rates(4.0, 2.0), &rates(1.0, 2.0));
+        let mut speeds = Speeds {
+            native: rates(8.0, 8.0),
+            ours: rates(4.0, 2.0),
+            theirs: rates(1.0, 2.0),
+            ..Speeds::default()
+        };
+        let text = table(&speeds);
         assert!(
             text.contains("| a | 8.000e0 | 4.000e0 | 1.000e0 | 0.50 | 4.00 |"),
             "{text}"
@@ -300,6 +368,14 @@ mod tests {
             text.contains("| geometric mean | | | | 0.35 | 2.00 |"),
             "{text}"
         );
+        // A wrong result counts for nothing.
+        speeds.theirs = rates(1.0, 0.0);
+        let text = table(&speeds);
+        assert!(
+            text.contains("| b | 8.000e0 | 2.000e0 | wrong | 0.25 | – |"),
+            "{text}"
+        );
+        assert!(text.contains("| 0.35 | 4.00 |"), "{text}");
         let runs = [rates(1.0, 5.0), rates(9.0, 6.0), rates(2.0, 7.0)];
         assert_eq!(medians(&runs), rates(2.0, 6.0));
     }

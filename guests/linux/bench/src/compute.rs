@@ -25,6 +25,7 @@ pub fn possible(name: &str) -> bool {
 
 fn integer() -> u64 {
     let (mut a, mut b, mut c) = (1u64, black_box(2u64), 3u64);
+    let (mut d, mut e, mut f) = (black_box(5u64), 7u64, 11i64);
     for _ in 0..20_000 {
         a = a.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(b);
         b ^= a >> 17;
@@ -33,8 +34,19 @@ fn integer() -> u64 {
             b = b.wrapping_add(c);
         }
         a = a.rotate_left(7);
+        // Beside that chain, so that there is something to do at the same time: shifts by
+        // variables, carries, wide products, selections.
+        d = d.wrapping_add(b << (c & 31)).swap_bytes();
+        let (sum, carry) = d.overflowing_add(e);
+        e = (sum >> (a & 15)) ^ (e + u64::from(carry));
+        f = if f < d as i64 {
+            f.wrapping_add(e as i64)
+        } else {
+            f ^ d as i64
+        };
+        e = e.wrapping_add(((u128::from(d) * u128::from(c)) >> 64) as u64);
     }
-    black_box(a ^ b ^ c);
+    black_box(a ^ b ^ c ^ d ^ e ^ f as u64);
     20_000
 }
 

@@ -1,6 +1,6 @@
 //! Rows that use every processor.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -10,6 +10,7 @@ pub const ROWS: &[Row] = &[
     ("shootdown", "change", shootdown),
     ("locked-counter", "increment", locked),
     ("threads", "round", independent),
+    ("patched", "patch", patched),
 ];
 
 fn processors() -> usize {
@@ -42,6 +43,51 @@ fn shootdown() -> u64 {
         stop.store(true, Ordering::Relaxed);
     });
     changes
+}
+
+/// One thread patches a function and stores a number, the other sees the number, serializes and
+/// calls the function.
+fn patched() -> u64 {
+    const ROUNDS: u32 = 2000;
+    let code = crate::system::function() as usize;
+    let (patched, called) = (AtomicU32::new(0), AtomicU32::new(0));
+    let mut stale = false;
+    let alone = processors() == 1;
+    let wait = || {
+        if alone {
+            thread::yield_now();
+        } else {
+            std::hint::spin_loop();
+        }
+    };
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            for n in 1..=ROUNDS {
+                // SAFETY: the page holds a function whose constant is at offset 1.
+                unsafe { ((code + 1) as *mut u32).write_unaligned(n) };
+                patched.store(n, Ordering::Release);
+                while called.load(Ordering::Acquire) != n {
+                    wait();
+                }
+            }
+        });
+        for n in 1..=ROUNDS {
+            while patched.load(Ordering::Acquire) != n {
+                wait();
+            }
+            // CPUID serializes.
+            std::hint::black_box(std::arch::x86_64::__cpuid(0));
+            // SAFETY: the page holds a function without arguments.
+            let function: extern "C" fn() -> u32 = unsafe { std::mem::transmute(code) };
+            stale |= function() != n;
+            called.store(n, Ordering::Release);
+        }
+    });
+    if stale {
+        crate::WRONG
+    } else {
+        u64::from(ROUNDS)
+    }
 }
 
 /// Runs `work` on every processor for a while; the sum of what it did.
