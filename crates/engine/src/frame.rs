@@ -246,7 +246,7 @@ mod tests {
                 let offset = address.wrapping_add(frame.slot(tlb_pages(table), slot));
                 assert!(offset >= 4096, "{address:#x}");
                 // As the look-up without flags compares: the page of the last byte.
-                for size in [1u64, 2, 8, 64] {
+                for size in [1u64, 2, 8, 64, 1024] {
                     let last = offset.wrapping_add(size - 1);
                     assert!(last >> 12 != 0, "{address:#x}, {size} bytes");
                 }

@@ -8,9 +8,12 @@
 //! the guest's vector registers in the host's as long as no helper runs.
 //!
 //! [`run`] executes translated code until it leaves, by a [`Site`] or because an instruction must
-//! be stepped. Branches within a page are linked directly ([`Translator::link`]); those to other
-//! pages go through jump tables that live and die with the translations of their pages
-//! ([`crate::tlb`]).
+//! be stepped. Branches within a page are linked directly ([`Translator::link`]); jumps to constant
+//! addresses on other pages go through cells, computed ones through jump tables, which live and die
+//! with the translations of their pages ([`crate::tlb`]).
+//!
+//! Accesses off the same registers share one look-up ([`shared`]); where that is not possible at run
+//! time, the block goes on in an unshared translation of its own.
 //!
 //! Every block begins with a poll of the VCPU's attention word; forward branches within a page
 //! skip it.
