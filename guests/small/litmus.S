@@ -47,6 +47,8 @@ main64:
     LITMUS pushed, 2, processor_ready
     LITMUS gdt, 2
     LITMUS idt, 2
+    LITMUS ldt, 2
+    LITMUS tss, 2, tss_ready
     LITMUS roles, 6, roles_ready
     LITMUS shootdown, 2, shootdown_ready
     LITMUS present, 2, shootdown_ready
