@@ -6,7 +6,8 @@
 //! [`Frame::stack_pointer`]: fields lie above it, a stack for calls and signals below it.
 //!
 //! RSP's low six bits are 12 then, so that a shift by RSP (SHRX takes its count from a register,
-//! modulo 64) gives an address's page number without touching a flag.
+//! modulo 64) gives an address's page number without touching a flag. Its low 16 bits, 0x100c, make
+//! BEXTR by RSP extract the 16 bits from bit 12 on: the slot of an address.
 #![allow(unsafe_code)]
 
 use std::ptr::NonNull;
@@ -17,6 +18,9 @@ use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous, munmap};
 const STACK_BYTES: usize = 256 << 10;
 /// From the stack pointer to the first field.
 pub const SKEW: i32 = 52;
+/// The low 16 bits of the stack pointer, and what they are of.
+const STACK_POINTER: usize = 0x100c;
+const ALIGNMENT: usize = 1 << 16;
 
 /// Slots of each look-up table: a 16-bit index takes no masking.
 pub const SLOTS: usize = 1 << 16;
@@ -111,7 +115,7 @@ pub const fn jump_cell(cell: u32) -> i32 {
 }
 
 const FIELD_BYTES: usize = jump_targets(JUMP_TABLES) as usize + JUMP_CELLS * 8;
-const BYTES: usize = STACK_BYTES + FIELD_BYTES;
+const BYTES: usize = STACK_BYTES + STACK_POINTER + SKEW as usize + FIELD_BYTES + ALIGNMENT;
 
 /// What an empty slot holds: no address with this index gives an offset below 4096 when it is
 /// added, nor does one of the bytes behind that address that an access may cover. Fresh memory is
@@ -173,8 +177,10 @@ impl Drop for Frame {
 
 impl Frame {
     fn fields(&self) -> *mut u8 {
-        // SAFETY: within the mapping.
-        unsafe { self.memory.as_ptr().add(STACK_BYTES) }
+        let start = self.memory.as_ptr() as usize;
+        let offset = start.wrapping_neg() % ALIGNMENT + STACK_BYTES + STACK_POINTER + SKEW as usize;
+        // SAFETY: within the mapping, which has room for the alignment.
+        unsafe { self.memory.as_ptr().add(offset) }
     }
 
     /// RSP in generated code.
@@ -222,7 +228,12 @@ mod tests {
 
     #[test]
     fn shifting_by_the_stack_pointer_gives_pages() {
-        assert_eq!(Frame::default().stack_pointer() % 64, 12);
+        let frame = Frame::default();
+        assert_eq!(frame.stack_pointer() % 64, 12);
+        // BEXTR: start in the low byte, length in the next.
+        assert_eq!(frame.stack_pointer() & 0xffff, 16 << 8 | 12);
+        let last = frame.fields() as usize + FIELD_BYTES;
+        assert!(last <= frame.memory.as_ptr() as usize + BYTES);
     }
 
     #[test]

@@ -276,6 +276,15 @@ impl Assembler {
         self.byte(0xf7);
         self.byte(0xc0 | (to & 7) << 3 | from & 7);
     }
+    /// BEXTR r64, r64, RSP: the slot of an address. Changes flags. Needs BMI1.
+    pub fn slot_index(&mut self, to: u8, from: u8) {
+        // VEX.LZ.0F38.W1 F7 /r, start and length in vvvv.
+        self.byte(0xc4);
+        self.byte((!to >> 3 & 1) << 7 | 0x40 | (!from >> 3 & 1) << 5 | 2);
+        self.byte(0x80 | (!reg::RSP & 0xf) << 3);
+        self.byte(0xf7);
+        self.byte(0xc0 | (to & 7) << 3 | from & 7);
+    }
     /// SHR r32, imm8.
     pub fn shift_right32(&mut self, register: u8, count: u8) {
         self.with_reg(false, &[0xc1], 5, register);
@@ -456,6 +465,14 @@ mod tests {
         assert_eq!(
             text(|a| a.page_number(reg::R15, reg::RAX)),
             "shrx %rsp,%rax,%r15"
+        );
+    }
+
+    #[test]
+    fn slots_are_extracted_by_the_stack_pointer() {
+        assert_eq!(
+            text(|a| a.slot_index(reg::R15, reg::R14)),
+            "bextr %rsp,%r14,%r15"
         );
     }
 

@@ -131,12 +131,13 @@ impl Emitter<'_> {
             }
             OpKind::JumpIndirect => {
                 self.load_operand(op);
-                self.find_target(StackEffect::None);
-                self.asm.jump_register(COUNT);
+                let found = self.find_target(StackEffect::None);
+                self.asm.jump_mem(found);
             }
             OpKind::CallIndirect => {
                 self.load_operand(op);
-                self.find_target(StackEffect::Push(op.instruction.next_ip()));
+                let found = self.find_target(StackEffect::Push(op.instruction.next_ip()));
+                self.asm.load(COUNT, found);
                 self.asm.store(Mem::field(field::TARGET), COUNT);
                 self.push_constant(op.instruction.next_ip());
                 self.asm.jump_mem(Mem::field(field::TARGET));
@@ -144,9 +145,9 @@ impl Emitter<'_> {
             OpKind::Return(extra) => {
                 let at = self.locate(1, self.stack(0, false));
                 self.asm.load(ADDRESS, Mem::base(ADDRESS, at));
-                self.find_target(StackEffect::Pop(8 + u32::from(extra)));
+                let found = self.find_target(StackEffect::Pop(8 + u32::from(extra)));
                 self.asm.lea(STACK, Mem::base(STACK, 8 + i32::from(extra)));
-                self.asm.jump_register(COUNT);
+                self.asm.jump_mem(found);
             }
             OpKind::Push => self.push(op),
             OpKind::Pop => self.pop(op),

@@ -599,9 +599,9 @@ impl Emitter<'_> {
         self.asm.jump_mem(Mem::field(jump_cell(cell)));
     }
 
-    /// Finds the code for the guest address in ADDRESS: its host address goes to RCX. If there is
-    /// none in the table, [`Site::Branch`] leaves.
-    pub(super) fn find_target(&mut self, effect: StackEffect) {
+    /// Finds the code for the guest address in ADDRESS: gives where its host address
+    /// stands, by INDEX. If there is none in the table, [`Site::Branch`] leaves.
+    pub(super) fn find_target(&mut self, effect: StackEffect) -> Mem {
         let rip = self.rip();
         let miss = self.leave(Site::Branch { rip, effect });
         let table = self.context.jump_table();
@@ -619,7 +619,7 @@ impl Emitter<'_> {
         a.unless_rcx_zero(|a| {
             a.jump(miss);
         });
-        a.load(COUNT, Mem::slot(jump_hosts(table), INDEX));
+        Mem::slot(jump_hosts(table), INDEX)
     }
 
     fn finish_deferred(&mut self) {

@@ -164,13 +164,17 @@ impl Emitter<'_> {
         let table = self.context.data_table(look.write);
         let (pages, hosts) = (tlb_pages(table), tlb_hosts(table));
         let a = &mut self.asm;
-        if self.bmi2 {
-            a.page_number(INDEX, ADDRESS);
+        if self.bmi2 && !look.keep_flags {
+            a.slot_index(INDEX, ADDRESS);
         } else {
-            a.mov(INDEX, ADDRESS);
-            a.shift_right32(INDEX, 12);
+            if self.bmi2 {
+                a.page_number(INDEX, ADDRESS);
+            } else {
+                a.mov(INDEX, ADDRESS);
+                a.shift_right32(INDEX, 12);
+            }
+            a.zero_extend16(INDEX, INDEX);
         }
-        a.zero_extend16(INDEX, INDEX);
         if look.keep_flags && !parked {
             let sum = |displacement| Mem {
                 base: Some(ADDRESS),

@@ -179,7 +179,7 @@ impl Translator {
             stubs,
             stub_bytes,
             attention: attention as u64,
-            bmi2: is_x86_feature_detected!("bmi2"),
+            bmi2: is_x86_feature_detected!("bmi1") && is_x86_feature_detected!("bmi2"),
             encoder: Encoder::new(64),
             factory: InstructionInfoFactory::new(),
             blocks: Vec::new(),
