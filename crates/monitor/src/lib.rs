@@ -19,4 +19,5 @@ pub mod signals;
 pub mod statistics;
 pub mod surroundings;
 mod translated;
+mod turn;
 pub mod vcpu;

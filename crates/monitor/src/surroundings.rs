@@ -27,6 +27,7 @@ use crate::shadow_descriptors::ShadowDescriptors;
 use crate::shadow_pages::{Fill, ShadowPages};
 use crate::signals::attention;
 use crate::statistics::Exits;
+use crate::turn::Turns;
 
 /// The bit of a `watch` trace's cookie that says that nobody stops there: accesses are reported
 /// ([`trapline_memory::watch`]), and that is all. Without it, it is a debugger's watchpoint.
@@ -51,6 +52,7 @@ pub struct Surroundings {
     pub exits: Exits,
     /// The watchpoint of a debugger that this VCPU's last access hit.
     pub watchpoint_hit: Option<u64>,
+    turns: Turns,
     /// What the sensed write that follows will write.
     announced: Vec<u8>,
 }
@@ -104,6 +106,7 @@ impl Surroundings {
             shadow,
             descriptors,
             look_for_interrupts: false,
+            turns: Turns::default(),
             exits: Exits::default(),
             watchpoint_hit: None,
             announced: Vec::new(),
@@ -624,7 +627,7 @@ impl Environment for Surroundings {
     }
 
     fn pause(&mut self) {
-        std::thread::yield_now();
+        self.turns.spins();
     }
 }
 
