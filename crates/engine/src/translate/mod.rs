@@ -188,6 +188,18 @@ impl Translator {
         })
     }
     /// this number. `unshared`: each access looks up its address by itself.
+    /// As [`Self::new`], but the code has none of the instructions of BMI1 and BMI2, as on a
+    /// processor without them: for tests.
+    ///
+    /// # Errors
+    /// As [`Self::new`].
+    pub fn plain(attention: *const u32) -> Result<Self, NativeError> {
+        Ok(Self {
+            bmi2: false,
+            ..Self::new(attention)?
+        })
+    }
+
     /// Translates a block of 64-bit code, decoded from `guest`, on the guest-physical page with
     /// this number.
     ///

@@ -190,20 +190,26 @@ fn runs_agree_with_single_instructions() {
 
 #[test]
 fn the_engine_agrees_with_the_processor() {
-    whole::compare(64, false);
+    whole::compare(64, whole::How::Steps);
 }
 
 #[test]
 fn the_engine_agrees_in_32_bit_code() {
-    whole::compare(32, false);
+    whole::compare(32, whole::How::Steps);
 }
 
 #[test]
 fn the_engine_agrees_in_16_bit_code() {
-    whole::compare(16, false);
+    whole::compare(16, whole::How::Steps);
 }
 
 #[test]
 fn the_translator_agrees_with_the_processor() {
-    whole::compare(64, true);
+    whole::compare(64, whole::How::Translates);
+}
+
+/// As on a processor without BMI1 and BMI2, which look-ups use.
+#[test]
+fn the_translator_agrees_without_bit_manipulation() {
+    whole::compare(64, whole::How::TranslatesPlainly);
 }

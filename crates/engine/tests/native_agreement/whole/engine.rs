@@ -184,11 +184,20 @@ pub struct Engine {
     site: u64,
 }
 
+/// What executes.
+#[derive(Clone, Copy, Debug)]
+pub enum How {
+    Steps,
+    Translates,
+    /// Without the instructions of BMI1 and BMI2.
+    TranslatesPlainly,
+}
+
 /// Something always asks for attention: so loops are left, and steps can be counted.
 static ATTENTION: AtomicU32 = AtomicU32::new(1);
 
 impl Engine {
-    pub fn new(translates: bool) -> Self {
+    pub fn new(how: How) -> Self {
         let mut cpu = CpuState::reset();
         cpu.cr0 = cr0::PE | cr0::MP | cr0::ET | cr0::NE | cr0::WP | cr0::PG;
         cpu.cr4 = cr4::PAE | cr4::OSFXSR | cr4::OSXMMEXCPT | cr4::OSXSAVE;
@@ -206,8 +215,12 @@ impl Engine {
                 code: Box::new([0xcc; PAGE]),
                 backed: Backed::Direct,
             },
-            translator: translates
-                .then(|| Translator::new(ATTENTION.as_ptr()).expect("executable memory")),
+            translator: match how {
+                How::Steps => None,
+                How::Translates => Some(Translator::new(ATTENTION.as_ptr())),
+                How::TranslatesPlainly => Some(Translator::plain(ATTENTION.as_ptr())),
+            }
+            .map(|translator| translator.expect("executable memory")),
             translated: HashMap::new(),
             left_by: None,
             site: 0,

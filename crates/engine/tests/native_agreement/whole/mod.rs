@@ -13,18 +13,19 @@ mod processor;
 use std::collections::BTreeMap;
 
 use case::{ASTRAY, Outcome, differences};
+pub use engine::How;
 use engine::{Backed, Engine};
 use generate::Generator;
 use processor::{BATCH, Processor};
 
 /// Compares the engine with the processor in code of `bits`, stepping or translating, and panics with
 /// what differs.
-pub fn compare(bits: u32, translates: bool) {
+pub fn compare(bits: u32, how: How) {
     let (count, seed) = (crate::count(), crate::seed());
     println!("TRAPLINE_RANDOM_SEED={seed:#x} TRAPLINE_RANDOM_INSTRUCTIONS={count}");
     let mut generator = Generator::new(seed, bits);
     let mut processor = Processor::start();
-    let mut engine = Engine::new(translates);
+    let mut engine = Engine::new(how);
     let mut outcome = Outcome::default();
     let (mut done, mut cases, mut instructions) = (0, 0, 0);
     let mut vectors: BTreeMap<u32, u64> = BTreeMap::new();
