@@ -1,10 +1,10 @@
 //! The rate of the host's time-stamp counter.
 
-#![allow(unsafe_code)]
-
-use std::arch::x86_64::{__cpuid, __cpuid_count, _rdtsc};
+use std::arch::x86_64::{__cpuid, __cpuid_count};
 use std::thread;
 use std::time::{Duration, Instant};
+
+use trapline_monitor::clock::host_tsc;
 
 /// How long the counter is watched.
 const WATCH: Duration = Duration::from_millis(10);
@@ -23,14 +23,6 @@ pub fn tsc_frequency() -> u64 {
         .unwrap_or(measured)
 }
 
-/// The time-stamp counter now.
-#[must_use]
-pub fn read_tsc() -> u64 {
-    // SAFETY: RDTSC has no operands. Every x86-64 processor has it, and Linux lets it through
-    // unless the process asked otherwise with PR_SET_TSC.
-    unsafe { _rdtsc() }
-}
-
 fn measure() -> u64 {
     let (first, start) = sample();
     thread::sleep(WATCH);
@@ -44,9 +36,9 @@ fn measure() -> u64 {
 /// read fastest.
 fn sample() -> (u64, Instant) {
     let attempt = || {
-        let before = read_tsc();
+        let before = host_tsc();
         let now = Instant::now();
-        let after = read_tsc();
+        let after = host_tsc();
         let length = after.wrapping_sub(before);
         (length, (before.wrapping_add(length / 2), now))
     };
