@@ -167,6 +167,21 @@ impl ActingVcpu {
     }
 }
 
+impl ActingVcpu {
+    /// As [`Self::store`], after the TLB has forgotten the page.
+    #[inline(never)]
+    pub fn store_forgotten(&mut self, linear: u64) {
+        self.tlb.flush_page(linear);
+        self.store(linear);
+    }
+
+    /// Misses of the TLB so far that the shadow page tables answered, and walks.
+    pub fn misses(&self) -> (u64, u64) {
+        let statistics = self.surroundings.shadow.statistics;
+        (statistics.hits, statistics.walks)
+    }
+}
+
 impl Drop for ActingVcpu {
     fn drop(&mut self) {
         self.trace.enter_safe(ACTOR);
@@ -220,10 +235,12 @@ impl Consumers {
         consumers
     }
 
-    /// Waits until those that run have executed something since the last event.
-    pub fn go_on(&self) {
+    /// Waits until those that run have executed something since the last event. Whether this
+    /// thread gave its processor up meanwhile.
+    pub fn go_on(&self) -> bool {
+        let mut gave_up = false;
         if self.way == Way::Halted {
-            return;
+            return gave_up;
         }
         for (turns, _) in &self.threads {
             let before = turns.load(Relaxed);
@@ -232,10 +249,12 @@ impl Consumers {
                 looks += 1;
                 if looks.is_multiple_of(1000) {
                     std::thread::yield_now();
+                    gave_up = true;
                 }
                 std::hint::spin_loop();
             }
         }
+        gave_up
     }
 }
 

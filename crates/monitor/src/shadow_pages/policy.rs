@@ -7,10 +7,10 @@
 //! derived from it, when it was written [`WRITES`] times without being used in between: it is being
 //! filled, emptied, or has become something else. A page that went untraced must be walked twice as
 //! often before it is traced again, each time, up to [`MOST_DOUBLINGS`]; if its trace lasted for
-//! [`LASTING`] flushes it begins anew.
+//! [`LASTING`] flushes it begins anew. docs/coherence.md says what other numbers gave.
 
 /// Walks before a table is traced.
-pub const WALKS: u32 = 64;
+pub const WALKS: u32 = 256;
 /// Writes without a use in between before a table goes untraced.
 pub const WRITES: u32 = 4;
 /// The most times that the number of walks is doubled.
