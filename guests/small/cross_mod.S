@@ -194,7 +194,7 @@ chain:
     jmp finish_job
 chain_y:
     mov $1, %r12d
-1:  mov $PATIENCE / 10, %r13d
+1:  mov $10 * PATIENCE, %r13d    # a turn may take a few nanoseconds, and X no processor
 2:  call function
     cmp %r12d, %eax
     je 3f

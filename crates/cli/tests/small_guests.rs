@@ -106,6 +106,8 @@ guests! {
     calibrate: "calibrate", 1;
     selfmod: "selfmod", 1;
     selfmod_beside_idle_vcpus: "selfmod", 4;
+    patched: "patched", 2;
+    patched_beside_idle_vcpus: "patched", 4;
     smp_of_2: "smp", 2;
     smp_of_3: "smp", 3;
     smp_of_4: "smp", 4;

@@ -67,6 +67,12 @@ pub trait Environment {
         let _ = bytes;
     }
 
+    /// Whether the VCPU may write these bytes of a traced page directly, since no trace covers
+    /// them; then until a revocation of the page.
+    fn may_write_beside(&mut self, _span: Span) -> bool {
+        false
+    }
+
     /// Performs an access to RAM that traces may cover. `perform` is called exactly once unless
     /// `Err(Restart)` is returned, then not at all. After a write the caller ends its block: the
     /// code that it executes may have changed. `rip` is the accessing instruction's address, for

@@ -31,6 +31,8 @@ pub const TLB_TABLES: usize = 6;
 pub const JUMP_TABLES: usize = 3;
 /// Cells, each for one target of jumps and calls to a constant address.
 pub const JUMP_CELLS: usize = 1 << 17;
+/// Gaps between traces that can be open at once: one for each low byte of an address.
+pub const GAPS: usize = 256;
 
 /// Offsets of the fields in bytes from the first one.
 pub mod field {
@@ -87,6 +89,10 @@ pub mod field {
     pub const SHARED: i32 = 312;
     /// How many of them.
     pub const SHARED_COUNT: usize = 4;
+    /// The kind of the access that missed.
+    pub const MISSED_KIND: i32 = SHARED + 8 * SHARED_COUNT as i32;
+    /// An immediate that was read from guest memory.
+    pub const IMMEDIATE: i32 = MISSED_KIND + 8;
     /// The tables begin.
     pub const TABLES: i32 = 4096;
 }
@@ -114,7 +120,20 @@ pub const fn jump_cell(cell: u32) -> i32 {
     jump_targets(JUMP_TABLES) + (cell as i32 & (JUMP_CELLS as i32 - 1)) * 8
 }
 
-const FIELD_BYTES: usize = jump_targets(JUMP_TABLES) as usize + JUMP_CELLS * 8;
+/// Offset of the gaps' linear addresses, negated.
+pub const fn gap_addresses() -> i32 {
+    jump_targets(JUMP_TABLES) + (JUMP_CELLS * 8) as i32
+}
+/// Offset of the gaps' kinds of access, negated.
+pub const fn gap_kinds() -> i32 {
+    gap_addresses() + (GAPS * 8) as i32
+}
+/// Offset of the gaps' host addresses.
+pub const fn gap_hosts() -> i32 {
+    gap_kinds() + (GAPS * 8) as i32
+}
+
+const FIELD_BYTES: usize = gap_hosts() as usize + GAPS * 8;
 const BYTES: usize = STACK_BYTES + STACK_POINTER + SKEW as usize + FIELD_BYTES + ALIGNMENT;
 
 /// What an empty slot holds: no address with this index gives an offset below 4096 when it is
@@ -209,6 +228,16 @@ impl Frame {
         unsafe { self.place(offset).write(value) }
     }
 
+    /// What one of the tables of gaps holds.
+    pub fn gap(&self, table: i32, slot: usize) -> u64 {
+        self.get(table + ((slot & (GAPS - 1)) * 8) as i32)
+    }
+
+    /// Sets what one of the tables of gaps holds.
+    pub fn set_gap(&mut self, table: i32, slot: usize, value: u64) {
+        self.set(table + ((slot & (GAPS - 1)) * 8) as i32, value);
+    }
+
     /// A slot of the table at an offset.
     #[inline(always)]
     pub fn slot(&self, table: i32, slot: usize) -> u64 {
@@ -269,7 +298,7 @@ mod tests {
     fn tables_do_not_overlap() {
         let last = jump_hosts(JUMP_TABLES - 1) as usize + TABLE_BYTES;
         assert_eq!(last, jump_cell(0) as usize);
-        assert_eq!(jump_cell(JUMP_CELLS as u32 - 1) as usize + 8, FIELD_BYTES);
+        assert_eq!(jump_cell(JUMP_CELLS as u32 - 1) + 8, gap_addresses());
         assert_eq!(
             jump_targets(0),
             tlb_hosts(TLB_TABLES - 1) + TABLE_BYTES as i32

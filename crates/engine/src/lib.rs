@@ -14,6 +14,7 @@ pub mod decode;
 pub mod env;
 mod exchange;
 pub mod frame;
+mod gaps;
 mod jumps;
 pub mod native;
 pub mod step;

@@ -11,6 +11,7 @@ use trapline_x86::control::{cr4, rflags};
 use crate::frame::{Frame, SLOTS, TLB_TABLES, empty, tlb_hosts, tlb_pages};
 use foldhash::HashSet;
 
+use crate::gaps::Gaps;
 use crate::jumps::Jumps;
 
 const PAGE_SHIFT: u32 = 12;
@@ -109,6 +110,7 @@ pub struct Tlb {
     filled: [Vec<u32>; 2],
     fetches: Box<[[FetchEntry; FETCH_ENTRIES]; 3]>,
     jumps: Jumps,
+    gaps: Gaps,
     /// What the jumps of each privilege were entered for: a number of the engine's.
     contexts: [Option<u8>; 3],
     /// Regions of 2 MiB and of 1 GiB (their numbers) of which splinters of a large page may be
@@ -132,6 +134,7 @@ impl Default for Tlb {
             filled: Default::default(),
             fetches: Box::new([[FetchEntry::default(); FETCH_ENTRIES]; 3]),
             jumps: Jumps::default(),
+            gaps: Gaps::default(),
             contexts: [None; 3],
             splinters: Default::default(),
             generation: 1,
@@ -295,6 +298,7 @@ impl Tlb {
     pub fn flush_all(&mut self) {
         self.clear_if(false, |_, _| true);
         self.clear_if(true, |_, _| true);
+        self.gaps.close(&mut self.frame);
         for table in self.fetches.iter_mut() {
             table.fill(FetchEntry::default());
         }
@@ -306,6 +310,7 @@ impl Tlb {
     /// Removes every translation that is not global.
     pub fn flush_non_global(&mut self) {
         self.clear_if(false, |_, _| true);
+        self.gaps.close(&mut self.frame);
         self.generation += 1;
         self.jumps.clear_non_global(&mut self.frame);
         self.epoch += 1;
@@ -317,6 +322,7 @@ impl Tlb {
         if of_large(0, 21) || of_large(1, 30) {
             return self.flush_all();
         }
+        self.gaps.close(&mut self.frame);
         let slot = index(linear);
         for table in 0..TLB_TABLES {
             let offset = linear.wrapping_add(self.frame.slot(tlb_pages(table), slot));
@@ -344,11 +350,26 @@ impl Tlb {
             Access::Write => 1,
             Access::Fetch => return,
         };
+        if access == Access::Write {
+            self.gaps.revoke(&mut self.frame, gpa);
+        }
         for global in [false, true] {
             self.clear_if(global, |table, gpa| {
                 table % 2 == write && gpa & PAGE_MASK == page
             });
         }
+    }
+
+    /// Notes that a store by generated code missed; whether [`Self::open_gap`] is worth it there.
+    pub fn wants_gap(&mut self, linear: u64, kind: u32) -> bool {
+        self.gaps.is_wanted(linear, kind)
+    }
+
+    /// Lets generated code make accesses of this kind at `linear` directly, until a revocation or a
+    /// flush. The caller may access the bytes so, though not the whole page.
+    pub fn open_gap(&mut self, linear: u64, kind: u32, gpa: u64, host: *mut u8) {
+        self.gaps
+            .open(&mut self.frame, linear, kind, gpa, host as u64);
     }
 
     /// Lets generated code that runs with `privilege` jump from the linear address `target` to

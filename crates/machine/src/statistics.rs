@@ -133,6 +133,8 @@ fn vcpu(index: usize, s: &VcpuStatistics, roles: RoleTotals) -> Value {
         "translated_blocks": s.translated_blocks,
         "translated_bytes": s.translated_bytes,
         "code_cache_drops": s.code.drops,
+        "run_time_immediates": s.code.run_time_immediates,
+        "revived_blocks": s.code.revived_blocks,
         "roles": {
             "actor": roles.actor,
             "consumer": roles.consumer,

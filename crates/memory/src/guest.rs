@@ -308,6 +308,14 @@ impl GuestMemory {
             .is_some_and(|page| self.pages.hold(page, vcpu, sense))
     }
 
+    /// The VCPU will write some bytes of the page of `gpa` directly though writes to the page are
+    /// sensed: no trace covers these bytes. To be called within
+    /// [`TraceSystem::untraced`]. Whether there is such a page.
+    pub fn hold_beside(&self, vcpu: VcpuId, gpa: u64) -> bool {
+        self.page(gpa)
+            .is_some_and(|page| self.pages.hold_beside(page, vcpu))
+    }
+
     /// The VCPU has dropped its direct translations of the page of `gpa` for these accesses.
     pub fn release(&self, vcpu: VcpuId, gpa: u64, sense: Sense) {
         if let Some(page) = self.page(gpa) {

@@ -5,6 +5,11 @@
 //! stores the holder and then reads the attribute. All of it is sequentially consistent, so of the
 //! two at least one sees the other: either the VCPU finds the page sensed, or the establisher finds
 //! the VCPU among the holders and has it give up its access. No locks.
+//!
+//! Who writes *beside* traces, to bytes of a sensed page that none covers, looks at the traces
+//! themselves under the trace subsystem's lock of them ([`trapline_trace::TraceSystem::untraced`])
+//! and is noted while it has that lock. Establishing adds the trace and reads who is noted under the
+//! same lock, exclusively: so it finds the VCPU, or the VCPU finds the trace.
 
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering::SeqCst};
 
@@ -22,6 +27,8 @@ pub struct Pages {
     sensed: Box<[AtomicU8]>,
     readers: Box<[AtomicU64]>,
     writers: Box<[AtomicU64]>,
+    /// VCPUs that may write some bytes directly though writes to the page are sensed.
+    beside: Box<[AtomicU64]>,
 }
 
 impl Pages {
@@ -31,6 +38,7 @@ impl Pages {
             sensed: (0..count).map(|_| AtomicU8::new(0)).collect(),
             readers: zeros(),
             writers: zeros(),
+            beside: zeros(),
         }
     }
 
@@ -46,6 +54,10 @@ impl Pages {
         }
         if fresh & WRITE != 0 {
             holders |= self.writers[page].load(SeqCst);
+        }
+        if sense.write {
+            // Whoever writes between traces may do so where a trace is set now.
+            holders |= self.beside[page].load(SeqCst);
         }
         VcpuSet::from_bits(holders)
     }
@@ -76,13 +88,30 @@ impl Pages {
         // Only this VCPU sets its bit, so taking back what it just set races with nobody. A bit
         // that was set before belongs to a translation whose revocation is under way.
         if had & bit == 0 {
-            self.release(page, vcpu, sense);
+            self.give_up(page, vcpu, sense);
         }
         false
     }
 
+    /// A VCPU will write bytes of the page directly that no trace covers, though the page is
+    /// sensed. The caller makes sure that this comes before any further trace on the page.
+    pub fn hold_beside(&self, page: usize, vcpu: VcpuId) -> bool {
+        let Some(beside) = self.beside.get(page) else {
+            return false;
+        };
+        beside.fetch_or(VcpuSet::one(vcpu).bits(), SeqCst);
+        true
+    }
+
     /// The VCPU has dropped its direct translations of the page.
     pub fn release(&self, page: usize, vcpu: VcpuId, sense: Sense) {
+        self.give_up(page, vcpu, sense);
+        if let Some(beside) = self.beside.get(page).filter(|_| sense.write) {
+            beside.fetch_and(!VcpuSet::one(vcpu).bits(), SeqCst);
+        }
+    }
+
+    fn give_up(&self, page: usize, vcpu: VcpuId, sense: Sense) {
         if page >= self.sensed.len() {
             return;
         }
@@ -135,6 +164,20 @@ mod tests {
         pages.release(0, A, Sense::WRITE);
         pages.relax(0, Sense::default());
         assert_eq!(pages.protect(0, Sense::WRITE), VcpuSet::EMPTY);
+    }
+
+    #[test]
+    fn who_writes_beside_traces_is_told_of_each_new_one() {
+        let pages = Pages::new(1);
+        pages.protect(0, Sense::WRITE);
+        assert!(pages.hold_beside(0, A));
+        assert!(!pages.hold(0, A, Sense::WRITE));
+        assert_eq!(pages.protect(0, Sense::WRITE), VcpuSet::one(A));
+        pages.release(0, A, Sense::READ);
+        assert_eq!(pages.protect(0, Sense::WRITE), VcpuSet::one(A));
+        pages.release(0, A, Sense::WRITE);
+        assert_eq!(pages.protect(0, Sense::WRITE), VcpuSet::EMPTY);
+        assert!(!pages.hold_beside(1, A));
     }
 
     #[test]

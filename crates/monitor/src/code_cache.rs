@@ -14,6 +14,9 @@ use trapline_trace::observer::Witness;
 use trapline_trace::{Kind, Range, TraceId};
 use trapline_x86::Mode;
 
+use crate::earlier::{Earlier, EarlierCode};
+use crate::patches::Patches;
+
 /// The most blocks kept: then all go. Bounds the memory that guest code can make the VMM use.
 const MAX_BLOCKS: usize = 24 * 1024;
 /// The most translated blocks kept; the translator's memory is bounded by itself.
@@ -37,6 +40,8 @@ pub struct CachedBlock {
     /// Of the bytes on the second page, for an instruction that crosses.
     pub second: Option<Range>,
     traces: [Option<TraceId>; 2],
+    /// What it was derived from, if it is to be kept once that changes.
+    bytes: Option<Box<[u8]>>,
 }
 
 impl CachedBlock {
@@ -53,7 +58,14 @@ impl CachedBlock {
             first,
             second,
             traces,
+            bytes: None,
         }
+    }
+
+    /// The same, to be set aside and found again by these bytes once they have changed.
+    pub fn kept_with(mut self, bytes: &[u8]) -> Self {
+        self.bytes = Some(bytes.into());
+        self
     }
 
     fn overlaps(&self, range: Range) -> bool {
@@ -102,6 +114,11 @@ pub struct CodeStatistics {
     pub rederived_blocks: u64,
     /// The whole cache was dropped because it was full.
     pub drops: u64,
+    /// Blocks of an instruction that is rewritten often, with an immediate that is read at run
+    /// time.
+    pub run_time_immediates: u64,
+    /// Translations used again because their bytes were what they had been.
+    pub revived_blocks: u64,
 }
 
 /// The blocks of one VCPU.
@@ -124,6 +141,10 @@ pub struct CodeCache {
     /// Makes and holds the host code, if there is any.
     pub translator: Option<Translator>,
     translated: usize,
+    /// Bytes that are rewritten often.
+    pub(crate) patches: Patches,
+    /// Translations of what was rewritten.
+    earlier: EarlierCode,
     /// Where blocks began that are gone: the jumps to them must go too.
     removed: Vec<u64>,
     pub statistics: CodeStatistics,
@@ -153,6 +174,8 @@ impl CodeCache {
             witness,
             translator: None,
             translated: 0,
+            patches: Patches::default(),
+            earlier: EarlierCode::default(),
             removed: Vec::new(),
             statistics: CodeStatistics::default(),
         }
@@ -227,6 +250,18 @@ impl CodeCache {
         block
     }
 
+    /// Whether the block with this key was invalidated and has not been derived again.
+    pub fn is_gone(&self, key: &Key) -> bool {
+        self.gone.contains(key)
+    }
+
+    /// A translation of the block with this key, derived from what `bytes` begin with, that was set
+    /// aside when they changed. It may be inserted again, once the bytes have been protected and
+    /// read.
+    pub fn take_earlier(&mut self, key: &Key, bytes: &[u8]) -> Option<Earlier> {
+        self.earlier.take(key, bytes)
+    }
+
     fn remove(&mut self, key: Key) -> bool {
         let Some(block) = self.blocks.remove(&key) else {
             return false;
@@ -237,6 +272,10 @@ impl CodeCache {
             self.removed.push(key.rip);
             if let Some(translator) = &mut self.translator {
                 translator.unlink(id);
+            }
+            if let Some(bytes) = &block.bytes {
+                let (bytes, len) = (bytes.clone(), block.block.len);
+                self.earlier.keep(key, Earlier { id, bytes, len });
             }
         }
         let pages = [Some(block.first.lo >> 12), block.second.map(|s| s.lo >> 12)];
@@ -275,6 +314,10 @@ impl CodeCache {
         }
         self.statistics.invalidated_blocks += count;
         if count > 0 {
+            if self.patches.note(range) {
+                // From now on these bytes get a block of their own.
+                self.earlier.clear();
+            }
             self.witness.invalidated(start, Kind::Code, range, count);
         }
         count > 0
@@ -299,6 +342,7 @@ impl CodeCache {
         if let Some(translator) = &mut self.translator {
             translator.reset();
         }
+        self.earlier.clear();
         self.translated = 0;
         self.removed.clear();
         for (_, block) in std::mem::take(&mut self.blocks) {

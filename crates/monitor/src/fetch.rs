@@ -4,15 +4,16 @@
 use std::rc::Rc;
 
 use trapline_engine::access::{Core, Fault};
-use trapline_engine::decode::{DecodeEnd, decode};
+use trapline_engine::decode::{Block, DecodeEnd, decode};
 use trapline_engine::env::Backing;
 use trapline_engine::native::ThunkError;
 use trapline_engine::tlb::{Access, Privilege};
-use trapline_engine::translate::{BlockId, Context, Source};
+use trapline_engine::translate::{BlockId, Context, RunTime, Source, tail};
 use trapline_trace::{Kind, Range, Sense, TraceId, VcpuSet};
 use trapline_x86::{CpuState, Exception, Mode};
 
 use crate::code_cache::{CachedBlock, Form, Key};
+use crate::earlier::Earlier;
 use crate::surroundings::Surroundings;
 use crate::vcpu::Vcpu;
 
@@ -156,10 +157,23 @@ impl Vcpu {
                 into.fill(0xff);
             }
         };
+        let translated = matches!(wanted, Wanted::Translated(..));
+        let mut may_read = true;
         loop {
             // The first reading only tells how long the block is.
             let first_len = room.min(256);
             read(&self.surroundings, key.gpa, &mut bytes[..first_len]);
+            if translated
+                && ram
+                && let Some(earlier) =
+                    (self.surroundings.code).take_earlier(&key, &bytes[..first_len])
+            {
+                match self.revive(key, earlier)? {
+                    Some(block) => return Ok(block),
+                    // It has changed again.
+                    None => continue,
+                }
+            }
             let mut second_gpa = None;
             let mut end = self.try_decode(&bytes[..first_len], key, wanted)?;
             let mut second_len = 0;
@@ -186,7 +200,12 @@ impl Vcpu {
                 block.truncate_to_first();
                 second_len = (block.len as usize).saturating_sub(first_len);
             }
-            let used_first = (block.len as usize).min(first_len);
+            let mut used_first = (block.len as usize).min(first_len);
+            let mut run_time = None;
+            if translated && ram && second_gpa.is_none() {
+                run_time = self.set_apart(&mut block, key.gpa).filter(|_| may_read);
+                used_first = run_time.map_or(block.len as usize, |(offset, _)| offset);
+            }
             let first = Range {
                 lo: key.gpa,
                 hi: key.gpa + used_first as u64,
@@ -204,6 +223,10 @@ impl Vcpu {
                     second,
                     [None, None],
                 )));
+            }
+            if run_time.is_some() && self.surroundings.code.has_released() {
+                // The traces that cover the immediate too.
+                self.surroundings.remove_released();
             }
             // Protect, then read.
             let mut traces = [self.establish(first)?, None];
@@ -226,20 +249,28 @@ impl Vcpu {
                     &mut now[used_first..used_first + len],
                 );
             }
-            let len = block.len as usize;
+            let len = used_first + second_len;
             if now[..len] == bytes[..len] {
+                let immediate = run_time.map(|(_, immediate)| immediate);
+                let all = &bytes[..block.len as usize];
                 let translated = match wanted {
                     Wanted::Translated(context, unshared) => {
                         let page = key.gpa >> 12;
                         let source = Source {
                             block: &block,
-                            guest: &now[..len],
+                            guest: all,
                             context,
                             page,
                             unshared,
+                            run_time: immediate,
                         };
                         match self.translate_block(source) {
                             Ok(id) => Some(id),
+                            Err(ThunkError::Unsupported) if immediate.is_some() => {
+                                self.release(traces);
+                                may_read = false;
+                                continue;
+                            }
                             Err(ThunkError::Full) => {
                                 self.release(traces);
                                 self.drop_code();
@@ -255,12 +286,75 @@ impl Vcpu {
                 };
                 if translated.is_some() {
                     block.ops = Vec::new();
+                    self.surroundings.code.statistics.run_time_immediates +=
+                        u64::from(immediate.is_some());
                 }
-                let cached = CachedBlock::new(block, translated, first, second, traces);
+                let mut cached = CachedBlock::new(block, translated, first, second, traces);
+                if translated.is_some() && second.is_none() && self.surroundings.code.is_gone(&key)
+                {
+                    // What was rewritten once may be again, and be what it was.
+                    cached = cached.kept_with(&now[..len]);
+                }
                 return Ok(self.surroundings.code.insert(key, cached));
             }
             self.release(traces);
         }
+    }
+
+    /// Puts a translation that was set aside back, if its bytes are still what it was derived from
+    /// once they are protected.
+    fn revive(&mut self, key: Key, earlier: Earlier) -> Result<Option<Rc<CachedBlock>>, Fault> {
+        let first = Range::new(key.gpa, key.gpa + earlier.bytes.len() as u64);
+        let traces = [self.establish(first)?, None];
+        let mut now = vec![0; earlier.bytes.len()];
+        if !self.surroundings.memory.read(first.lo, &mut now) || *now != *earlier.bytes {
+            self.release(traces);
+            return Ok(None);
+        }
+        let block = Block {
+            rip: key.rip,
+            mode: key.mode,
+            ops: Vec::new(),
+            len: earlier.len,
+        };
+        let cached = CachedBlock::new(block, Some(earlier.id), first, None, traces);
+        let code = &mut self.surroundings.code;
+        code.statistics.revived_blocks += 1;
+        Ok(Some(code.insert(key, cached.kept_with(&earlier.bytes))))
+    }
+
+    /// Gives an instruction that is rewritten often, in a block at `gpa` that lies on one page, a
+    /// block of its own: `block` ends before it, or is it alone. Then, if it is its immediate that
+    /// is rewritten: how many bytes stand before that, and how it is read at run time.
+    fn set_apart(&mut self, block: &mut Block, gpa: u64) -> Option<(usize, RunTime)> {
+        let at = |offset: u32| gpa + u64::from(offset);
+        let code = &self.surroundings.code;
+        let often = code.patches.first_in(Range::new(gpa, at(block.len)))?;
+        block.truncate_before(often.lo.saturating_sub(gpa) as u32);
+        if often.lo >= at(block.len) {
+            return None;
+        }
+        block.truncate_before(0);
+        let tail = tail(block.ops.first()?)?;
+        let (lo, hi) = (at(u32::from(tail.offset)), at(block.len));
+        // All of it is written, and read, at once: within eight aligned bytes the processor
+        // promises that.
+        let whole = lo >> 3 == (hi - 1) >> 3;
+        let within = |place: Range| lo <= place.lo && place.hi <= hi;
+        if !whole
+            || !code
+                .patches
+                .first_in(Range::new(lo, hi))
+                .is_some_and(within)
+        {
+            return None;
+        }
+        let host = self.surroundings.memory.host_address(lo)? as u64;
+        let immediate = RunTime {
+            len: tail.len,
+            host,
+        };
+        Some((usize::from(tail.offset), immediate))
     }
 
     fn translate_block(&mut self, source: Source<'_>) -> Result<BlockId, ThunkError> {

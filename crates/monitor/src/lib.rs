@@ -10,8 +10,10 @@
 pub mod clock;
 pub mod code_cache;
 pub mod debug;
+mod earlier;
 mod fetch;
 pub mod interrupt;
+mod patches;
 pub mod platform;
 pub mod shadow_descriptors;
 pub mod shadow_pages;

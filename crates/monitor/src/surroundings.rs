@@ -382,6 +382,13 @@ impl Environment for Surroundings {
         self.announced.extend_from_slice(bytes);
     }
 
+    fn may_write_beside(&mut self, span: Span) -> bool {
+        let (memory, vcpu) = (&self.memory, self.vcpu);
+        self.trace.untraced(range(span), Sense::WRITE, &mut || {
+            memory.hold_beside(vcpu, span.gpa)
+        })
+    }
+
     fn sensed(
         &mut self,
         tlb: &mut Tlb,

@@ -16,7 +16,8 @@
 //!
 //! # Lock order
 //! lane, then `regions`, then those of [`crate::mailbox`] or `waiting` of [`crate::rendezvous`].
-//! No callback is called with `regions` locked; `perform` and `handler` are called with the lane
+//! No callback is called with `regions` locked, but those of [`Sensor`] and the one of
+//! [`TraceSystem::untraced`], which only touch page attributes; `perform` and `handler` are called with the lane
 //! locked and must not call back into the trace subsystem except for [`TraceSystem::raise`] and
 //! [`TraceSystem::device_at`].
 //!
@@ -457,6 +458,16 @@ impl TraceSystem {
             waited: 0,
         });
         Some((region.cookie, region.range))
+    }
+
+    /// Runs `take` if no trace senses accesses of this kind to the bytes, while none can be
+    /// established: a trace that is established later finds what `take` did. Returns what it
+    /// returned, or `false`. `take` must not call back.
+    pub fn untraced(&self, range: Range, sense: Sense, take: &mut dyn FnMut() -> bool) -> bool {
+        let regions = read(&self.regions);
+        let mut traced = range.is_empty();
+        regions.hits(range, sense, &mut |_| traced = true);
+        !traced && take()
     }
 
     /// A snapshot of the statistics.

@@ -35,6 +35,22 @@ impl Block {
     }
 }
 
+impl Block {
+    /// Keeps only the instructions that lie wholly before the byte at `offset`, but at least the
+    /// first one. For blocks without [`OpKind::Run`].
+    pub fn truncate_before(&mut self, offset: u32) {
+        let mut len = 0;
+        let kept = self.ops.iter().take_while(|op| {
+            let fits = len == 0 || len + u32::from(op.len) <= offset;
+            len += if fits { u32::from(op.len) } else { 0 };
+            fits
+        });
+        let kept = kept.count();
+        self.ops.truncate(kept);
+        self.len = len;
+    }
+}
+
 /// How decoding ended.
 #[derive(Debug)]
 pub enum DecodeEnd {

@@ -22,6 +22,9 @@ pub mod reg {
     pub const R15: u8 = 15;
 }
 
+/// Length of [`Assembler::jump`].
+pub const JUMP_BYTES: i32 = 5;
+
 /// Condition codes as they stand in Jcc and SETcc.
 pub mod cond {
     pub const A: u8 = 7;
@@ -201,6 +204,16 @@ impl Assembler {
     pub fn load32(&mut self, to: u8, mem: Mem) {
         self.with_mem(false, &[0x8b], to, mem);
     }
+    /// MOVSX r64 from memory of so many bytes: 1, 2, 4; MOV for 8.
+    pub fn load_signed(&mut self, to: u8, mem: Mem, bytes: u8) {
+        let opcode: &[u8] = match bytes {
+            1 => &[0x0f, 0xbe],
+            2 => &[0x0f, 0xbf],
+            4 => &[0x63],
+            _ => &[0x8b],
+        };
+        self.with_mem(true, opcode, to, mem);
+    }
     /// MOV m64, r64.
     pub fn store(&mut self, mem: Mem, from: u8) {
         self.with_mem(true, &[0x89], from, mem);
@@ -314,7 +327,7 @@ impl Assembler {
         self.raw(&[0x0f, 0x80 | condition]);
         self.displacement(label)
     }
-    /// JMP with a 32-bit displacement; gives where the displacement stands.
+    /// JMP with a 32-bit displacement ([`JUMP_BYTES`]); gives where the displacement stands.
     pub fn jump(&mut self, label: Label) -> usize {
         self.byte(0xe9);
         self.displacement(label)

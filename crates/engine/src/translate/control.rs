@@ -223,7 +223,7 @@ impl Emitter<'_> {
     }
 
     /// A stack slot at a displacement from RSP.
-    fn stack(&self, displacement: i32, write: bool) -> Look {
+    pub(super) fn stack(&self, displacement: i32, write: bool) -> Look {
         Look {
             address: Address::Relative(GUEST_RSP, displacement),
             size: 8,
@@ -257,7 +257,7 @@ impl Emitter<'_> {
         }
     }
 
-    fn push_constant(&mut self, value: u64) {
+    pub(super) fn push_constant(&mut self, value: u64) {
         let at = self.locate(1, self.stack(-8, true));
         let slot = Mem::base(ADDRESS, at);
         match i32::try_from(value as i64) {

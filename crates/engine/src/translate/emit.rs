@@ -9,6 +9,7 @@ use crate::native::form::{Form, STATUS};
 
 use super::Context;
 use super::assembler::{Assembler, Label, Mem, cond};
+use super::immediate::RunTime;
 use super::memory::{Address, Look};
 use super::plain::Plan;
 use super::registers::{ADDRESS, COUNT, INDEX};
@@ -58,6 +59,8 @@ pub(super) enum Deferred {
     Miss {
         label: Label,
         retry: Label,
+        /// Behind the look-up.
+        hit: Label,
         look: Look,
         operation: usize,
         access: usize,
@@ -78,8 +81,11 @@ pub(super) enum Deferred {
 }
 
 /// What an operation becomes, decided before anything is emitted.
-enum Treatment {
+pub(super) enum Treatment {
     Plain(Box<Plan>, Option<Look>),
+    /// As `Plain`, and as `Own`, with an immediate that is read at run time.
+    RunTime(Box<Plan>, Option<Look>),
+    RunTimeOwn,
     Assist,
     /// Moves, stack and control flow, by kind.
     Own,
@@ -108,6 +114,8 @@ pub(super) struct Emitter<'a> {
     pub context: Context,
     pub bmi2: bool,
     attention: u64,
+    /// The block's only instruction has this immediate.
+    pub run_time: Option<RunTime>,
     tlb: &'a mut Tlb,
     pub shares: Shares,
     /// The group whose window's host address is in ADDRESS.
@@ -140,6 +148,8 @@ pub(super) struct Request<'a> {
     /// The bytes that the block was decoded from.
     pub guest: &'a [u8],
     pub context: Context,
+    /// The immediate of the block's only instruction is read at run time.
+    pub run_time: Option<RunTime>,
     pub stubs: &'a Stubs,
     pub bmi2: bool,
     /// The address of the attention word.
@@ -172,6 +182,7 @@ pub(super) fn emit(
         context: request.context,
         bmi2: request.bmi2,
         attention: request.attention,
+        run_time: request.run_time,
         tlb: request.tlb,
         shares: Shares::default(),
         address_holds: None,
@@ -190,7 +201,7 @@ pub(super) fn emit(
         vectors_here: false,
         live: Vec::new(),
     };
-    let treatments = emitter.treat(factory);
+    let treatments = emitter.treat(factory)?;
     emitter.poll();
     let entry = emitter.asm.here();
     let mut open = true;
@@ -201,8 +212,13 @@ pub(super) fn emit(
         emitter.point(n);
         match treatment {
             Treatment::Plain(plan, look) => emitter.plain(op, &plan, look),
+            Treatment::RunTime(plan, look) => {
+                emitter.fetch_immediate();
+                emitter.plain(op, &plan, look);
+            }
             Treatment::Assist => emitter.assist(op),
             Treatment::Own => emitter.own(op),
+            Treatment::RunTimeOwn => emitter.own_at_run_time(op),
         }
         open = goes_on;
     }
@@ -261,7 +277,10 @@ fn adjusted(op: &Op) -> Option<(usize, i32)> {
 
 impl Emitter<'_> {
     /// Decides what becomes of each operation, and which flags are live where.
-    fn treat(&mut self, factory: &mut InstructionInfoFactory) -> Vec<Treatment> {
+    fn treat(
+        &mut self,
+        factory: &mut InstructionInfoFactory,
+    ) -> Result<Vec<Treatment>, ThunkError> {
         let mut treatments = Vec::with_capacity(self.block.ops.len());
         let mut effects = Vec::with_capacity(self.block.ops.len());
         let mut on_groups = Vec::with_capacity(self.block.ops.len());
@@ -269,7 +288,13 @@ impl Emitter<'_> {
         for op in &self.block.ops {
             self.operation = treatments.len();
             let form = Form::of(&op.instruction, factory);
-            let treatment = self.treatment(op, form.as_ref());
+            let treatment = match self.run_time {
+                // Only what can be read at run time is asked for.
+                Some(_) => self
+                    .run_time_treatment(op, factory)
+                    .ok_or(ThunkError::Unsupported)?,
+                None => self.treatment(op, form.as_ref()),
+            };
             on_groups.push(self.effect(op, form.as_ref(), &treatment));
             effects.push(match (&treatment, &form) {
                 (Treatment::Assist, _) => (STATUS, 0),
@@ -292,7 +317,9 @@ impl Emitter<'_> {
             self.shares = Shares::of(&on_groups);
         }
         for (n, treatment) in treatments.iter_mut().enumerate() {
-            let Treatment::Plain(plan, Some(look)) = treatment else {
+            let (Treatment::Plain(plan, Some(look)) | Treatment::RunTime(plan, Some(look))) =
+                treatment
+            else {
                 continue;
             };
             look.keep_flags = self.live[n] != 0;
@@ -309,7 +336,7 @@ impl Emitter<'_> {
                 }
             }
         }
-        treatments
+        Ok(treatments)
     }
 
     /// What an operation means for shared look-ups.
@@ -319,6 +346,7 @@ impl Emitter<'_> {
                 barrier: true,
                 ..Effect::default()
             },
+            Treatment::RunTime(..) | Treatment::RunTimeOwn => Effect::default(),
             Treatment::Own => self.own_effect(op),
             Treatment::Plain(_, look) => {
                 let operand = look.and_then(|look| match look.address {
@@ -385,28 +413,32 @@ impl Emitter<'_> {
         if form.x87 {
             return None;
         }
-        let look = if form.memory {
-            let flat: FlatAddress = op.flat?;
-            if !(1..=64).contains(&op.memory_size) {
-                return None;
-            }
-            Some(Look {
-                address: Address::Flat(flat),
-                size: op.memory_size,
-                write: match op.kind {
-                    OpKind::NativeMemory(access) => access != crate::access::OperandAccess::Read,
-                    OpKind::Store(_) | OpKind::StoreImmediate(..) => true,
-                    _ => false,
-                },
-                keep_flags: true,
-            })
-        } else {
-            None
-        };
+        let look = self.operand_look(op, form)?;
         let at = op.instruction.ip().wrapping_sub(self.block.rip) as usize;
         let original = self.guest.get(at..at + usize::from(op.len));
         let plan = Plan::of(form, &op.instruction, original, 0, self.encoder)?;
         Some(Treatment::Plain(Box::new(plan), look))
+    }
+
+    /// The look-up of the operation's memory operand, if it has one; `None` if it cannot be looked up.
+    pub(super) fn operand_look(&self, op: &Op, form: &Form) -> Option<Option<Look>> {
+        if !form.memory {
+            return Some(None);
+        }
+        let flat: FlatAddress = op.flat?;
+        if !(1..=64).contains(&op.memory_size) {
+            return None;
+        }
+        Some(Some(Look {
+            address: Address::Flat(flat),
+            size: op.memory_size,
+            write: match op.kind {
+                OpKind::NativeMemory(access) => access != crate::access::OperandAccess::Read,
+                OpKind::Store(_) | OpKind::StoreImmediate(..) => true,
+                _ => false,
+            },
+            keep_flags: true,
+        }))
     }
 
     /// Whether the flags that the guest has when the current operation starts are needed.
@@ -630,13 +662,14 @@ impl Emitter<'_> {
                 Deferred::Miss {
                     label,
                     retry,
+                    hit,
                     look,
                     operation,
                     access,
                 } => {
                     self.operation = operation;
                     self.point(operation);
-                    self.miss(label, retry, look, access);
+                    self.miss(label, retry, hit, look, access);
                 }
                 Deferred::Window {
                     label,

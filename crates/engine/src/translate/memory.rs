@@ -141,13 +141,15 @@ impl Emitter<'_> {
     }
 
     fn look_up_at(&mut self, look: Look, access: usize) {
-        let (miss, retry) = (self.asm.label(), self.asm.label());
+        let (miss, retry, hit) = (self.asm.label(), self.asm.label(), self.asm.label());
         self.form_address(look.address);
         self.asm.bind(retry);
         self.find(look, miss);
+        self.asm.bind(hit);
         self.deferred.push(Deferred::Miss {
             label: miss,
             retry,
+            hit,
             look,
             operation: self.operation,
             access,
@@ -202,9 +204,16 @@ impl Emitter<'_> {
     }
 
     /// What a look-up does that missed.
-    pub(super) fn miss(&mut self, label: Label, retry: Label, look: Look, access: usize) {
+    pub(super) fn miss(
+        &mut self,
+        label: Label,
+        retry: Label,
+        hit: Label,
+        look: Look,
+        access: usize,
+    ) {
         self.missed(label, look);
-        self.fill(look);
+        self.fill(look, hit);
         let gone = self.asm.label();
         if self.renew(access, look.keep_flags, gone) {
             self.form_address(look.address);
@@ -258,7 +267,7 @@ impl Emitter<'_> {
         let unshared = self.asm.label();
         self.asm.jump(unshared);
         self.missed(absent, look);
-        self.fill(look);
+        self.fill(look, unshared);
         self.renew(access, look.keep_flags, gone);
         self.form_address(window.address);
         self.find(window, gone);
@@ -276,13 +285,18 @@ impl Emitter<'_> {
         }
     }
 
-    /// Has the translation filled in.
-    fn fill(&mut self, look: Look) {
+    /// Has the translation filled in. If the access may go to a gap between traces, ADDRESS is its
+    /// host address at `hit`.
+    fn fill(&mut self, look: Look, hit: Label) {
         self.form_address(look.address);
         let table = self.context.data_table(look.write);
         self.asm
             .mov_immediate(COUNT, u64::from(kind(table, look.size)));
         self.asm.call_address(self.stubs.miss);
+        let filled = self.asm.label();
+        self.asm.jump(filled);
+        self.asm.jump(hit);
+        self.asm.bind(filled);
     }
 
     /// Puts the guest's flags into the frame. Clobbers RCX.

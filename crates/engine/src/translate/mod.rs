@@ -21,6 +21,7 @@
 mod assembler;
 mod control;
 mod emit;
+mod immediate;
 mod memory;
 mod plain;
 mod registers;
@@ -41,6 +42,7 @@ use crate::native::{NativeCode, NativeError, ThunkError, fault};
 use crate::tlb::{Privilege, Tlb, data_table};
 use assembler::Assembler;
 pub use emit::{Site, StackEffect};
+pub use immediate::{RunTime, Tail, tail};
 pub use run::{Entry, Left, finish_branch, run};
 use stubs::Stubs;
 
@@ -113,7 +115,7 @@ impl Context {
 }
 
 /// A translated block, by number. Numbers are not used again until the translator is reset.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct BlockId(u32);
 
 struct Translated {
@@ -142,6 +144,8 @@ pub struct Source<'a> {
     pub page: u64,
     /// Each access is to look up its address by itself.
     pub unshared: bool,
+    /// The block is one operation that has a [`tail`], which is read each time it executes.
+    pub run_time: Option<RunTime>,
 }
 
 /// The translated code of one VCPU.
@@ -187,7 +191,6 @@ impl Translator {
             assisted: Vec::new(),
         })
     }
-    /// this number. `unshared`: each access looks up its address by itself.
     /// As [`Self::new`], but the code has none of the instructions of BMI1 and BMI2, as on a
     /// processor without them: for tests.
     ///
@@ -200,8 +203,7 @@ impl Translator {
         })
     }
 
-    /// Translates a block of 64-bit code, decoded from `guest`, on the guest-physical page with
-    /// this number.
+    /// Translates a block of 64-bit code.
     ///
     /// # Errors
     /// [`ThunkError::Full`]: forget every block, call [`Self::reset`] and [`Tlb::forget_cells`], retry.
@@ -217,6 +219,7 @@ impl Translator {
             context,
             page,
             unshared,
+            run_time,
         } = source;
         let start = self.arena.next();
         let offset = start.wrapping_sub(self.arena.start()) as u32;
@@ -224,6 +227,7 @@ impl Translator {
             block,
             guest,
             context,
+            run_time,
             stubs: &self.stubs,
             bmi2: self.bmi2,
             attention: self.attention,

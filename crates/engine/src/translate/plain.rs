@@ -3,7 +3,7 @@
 
 use iced_x86::{Encoder, Instruction, Mnemonic, OpCodeOperandKind, OpKind, Register};
 
-use super::assembler::{Assembler, reg};
+use super::assembler::{Assembler, Mem, reg};
 use super::registers::{
     ADDRESS, COUNT, GUEST_COUNT, GUEST_RCX, GUEST_RSP, INDEX, home, host, part,
 };
@@ -14,6 +14,8 @@ use crate::native::form::{Form, gpr_bit, is_fixed};
 pub(super) struct Plan {
     /// Scratch registers that stand for guest registers of the frame.
     frame: Vec<Stand>,
+    /// One of these guest registers is read from here instead.
+    instead: Option<(usize, Mem)>,
     /// RCX stands for the guest's.
     count: bool,
     /// And is written.
@@ -183,6 +185,15 @@ impl Plan {
         Some(plan)
     }
 
+    /// Reads a guest register, one that is only read, from somewhere else; whether it is one that
+    /// lies in the frame.
+    pub fn read_instead(&mut self, guest: usize, from: Mem) -> bool {
+        self.instead = Some((guest, from));
+        self.frame
+            .iter()
+            .any(|stand| stand.guest == guest && stand.read && !stand.written)
+    }
+
     /// The register to be used for a guest register.
     fn place(&mut self, form: &Form, register: Register, pool: &mut Vec<u8>) -> Option<Register> {
         let guest = gpr_bit(register)?.trailing_zeros() as usize;
@@ -227,7 +238,11 @@ impl Plan {
             return;
         }
         for stand in self.frame.iter().filter(|stand| stand.read) {
-            a.load(stand.scratch, home(stand.guest));
+            let from = match self.instead {
+                Some((instead, mem)) if instead == stand.guest => mem,
+                _ => home(stand.guest),
+            };
+            a.load(stand.scratch, from);
         }
         if self.count {
             a.mov(reg::RCX, GUEST_COUNT);

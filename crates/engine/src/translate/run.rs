@@ -16,7 +16,7 @@ use super::emit::{StackEffect, leaves};
 use super::stubs::exit;
 use crate::access::{Core, Fault};
 use crate::decode::Op;
-use crate::env::Environment;
+use crate::env::{Backing, Environment, Span, Translation};
 use crate::frame::{Frame, field};
 use crate::step::Flow;
 use crate::step::run::{Turn, single_operation};
@@ -198,17 +198,42 @@ extern "sysv64" fn miss<E: Environment>(
             .env
             .translate(core.cpu, core.tlb, linear, privilege, access);
         // Only what the TLB holds now will hit.
-        if translation.is_ok()
-            && core
+        if let Ok(translation) = translation
+            && (core
                 .tlb
                 .host(linear, privilege, access == Access::Write)
                 .is_some()
+                || opens_gap(core, linear, kind as u32, translation))
         {
             return 0;
         }
     }
     core.tlb.frame_mut().set(field::EXIT, exit::STEP);
     1
+}
+
+/// Whether a look-up of this kind that missed will find a gap between traces if it is repeated.
+fn opens_gap<E: Environment>(
+    core: &mut Core<'_, E>,
+    linear: u64,
+    kind: u32,
+    translation: Translation,
+) -> bool {
+    let Translation {
+        gpa,
+        backing: Backing::Sensed(host),
+    } = translation
+    else {
+        return false;
+    };
+    let len = kind >> 8;
+    let opens = kind & 1 != 0
+        && core.tlb.wants_gap(linear, kind)
+        && core.env.may_write_beside(Span { gpa, len });
+    if opens {
+        core.tlb.open_gap(linear, kind, gpa, host);
+    }
+    opens
 }
 
 /// Whether something asks for the VCPU's attention.

@@ -8,9 +8,9 @@ use std::mem::offset_of;
 use iced_x86::{Code, Encoder, Instruction, MemoryOperand, Register};
 use trapline_x86::vector::VectorState;
 
-use super::assembler::{Assembler, Label, Mem, cond, reg};
+use super::assembler::{Assembler, JUMP_BYTES, Label, Mem, cond, reg};
 use super::registers::{ADDRESS, COUNT, INDEX, home, pinned};
-use crate::frame::field;
+use crate::frame::{field, gap_addresses, gap_hosts, gap_kinds};
 use crate::native::host::{Host, VectorWidth};
 
 /// Codes in [`field::EXIT`] that are no site.
@@ -30,7 +30,9 @@ pub struct Stubs {
     pub enter: u64,
     /// Leave by the site in RCX.
     pub leave: u64,
-    /// Called by look-ups that missed; ADDRESS: the linear address, RCX: the kind of access.
+    /// Called by look-ups that missed; ADDRESS: the linear address, RCX: the kind of access. Behind
+    /// the call stand a jump to where the look-up is repeated, and what is done if ADDRESS is the
+    /// operand's host address already.
     pub miss: u64,
     /// Called to execute the operation that RCX points to.
     pub assist: u64,
@@ -99,6 +101,7 @@ pub fn emit(a: &mut Assembler, host: Host) -> Option<Stubs> {
     a.pop(INDEX);
     a.store(Mem::field(field::RETURN), INDEX);
     a.store(Mem::field(field::MISSED), ADDRESS);
+    find_gap(a);
     store_registers(a);
     a.load32(INDEX, Mem::field(field::VECTORS_AWAY));
     save_if_here(a, save_vectors);
@@ -128,6 +131,37 @@ pub fn emit(a: &mut Assembler, host: Host) -> Option<Stubs> {
     a.jump_mem(Mem::field(field::RETURN));
 
     a.finish().then_some(stubs)
+}
+
+/// Looks for a gap at the address in ADDRESS for an access of the kind in RCX. If there is one, its
+/// host address goes to ADDRESS, and the code behind the jump at [`field::RETURN`] goes on. No flag
+/// changes.
+fn find_gap(a: &mut Assembler) {
+    let none = a.label();
+    let sum = Mem {
+        base: Some(COUNT),
+        index: Some((ADDRESS, 0)),
+        displacement: 0,
+    };
+    a.store(Mem::field(field::MISSED_KIND), COUNT);
+    a.load_byte(INDEX, Mem::field(field::MISSED));
+    a.load(ADDRESS, Mem::slot(gap_kinds(), INDEX));
+    a.lea(COUNT, sum);
+    a.load(ADDRESS, Mem::field(field::MISSED));
+    a.unless_rcx_zero(|a| {
+        a.jump(none);
+    });
+    a.load(COUNT, Mem::slot(gap_addresses(), INDEX));
+    a.lea(COUNT, sum);
+    a.unless_rcx_zero(|a| {
+        a.jump(none);
+    });
+    a.load(ADDRESS, Mem::slot(gap_hosts(), INDEX));
+    a.load(COUNT, Mem::field(field::RETURN));
+    a.lea(COUNT, Mem::base(COUNT, JUMP_BYTES));
+    a.jump_register(COUNT);
+    a.bind(none);
+    a.load(COUNT, Mem::field(field::MISSED_KIND));
 }
 
 /// Calls a helper on the host's stack; goes `back` to the caller of generated code unless it

@@ -330,6 +330,7 @@ impl Engine {
             context,
             page: 1,
             unshared,
+            run_time: None,
         };
         let id = match self.translated.get(&key) {
             Some(&id) => id,
