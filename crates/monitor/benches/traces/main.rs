@@ -129,7 +129,8 @@ fn untraced(report: &mut Report) {
     report.add("traced, the actor is the consumer".to_owned(), times);
 }
 
-/// A miss of the TLB, which the copies of the page tables answer.
+/// Forgetting a page, as INVLPG does, and a miss of the TLB, which the copies of the page tables
+/// answer.
 fn shadowed(report: &mut Report, actor: &mut ActingVcpu) {
     // Until the tables are traced.
     (0..1000).for_each(|_| actor.store_forgotten(machine::UNTRACED));
@@ -143,7 +144,7 @@ fn shadowed(report: &mut Report, actor: &mut ActingVcpu) {
         after.0 - before.0,
         after.1 - before.1
     );
-    report.add("untraced page, the TLB misses".to_owned(), times);
+    report.add("untraced page, forgotten by the TLB each time".to_owned(), times);
 }
 
 /// Stores that notify others.
