@@ -1,0 +1,106 @@
+//! Each form of `--serial`.
+
+use std::io::{ErrorKind, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+/// A Multiboot image that waits for a byte on the serial line if it has a `prompt`, sends
+/// "hi\n" and leaves with status 33.
+fn greeting(prompt: bool) -> Vec<u8> {
+    const LOAD: u32 = 0x10_0000;
+    let mut code = Vec::new();
+    if prompt {
+        // mov dx, 0x3fd; in al, dx; test al, 1; jz back; mov dl, 0xf8; in al, dx
+        code.extend([
+            0x66, 0xba, 0xfd, 0x03, 0xec, 0xa8, 1, 0x74, 0xfb, 0xb2, 0xf8, 0xec,
+        ]);
+    }
+    code.extend([0x66, 0xba, 0xf8, 0x03]);
+    for byte in *b"hi\n" {
+        // mov al, byte; out dx, al
+        code.extend([0xb0, byte, 0xee]);
+    }
+    // mov al, 0x10; out 0xf4, al
+    code.extend([0xb0, 0x10, 0xe6, 0xf4]);
+    let (magic, flags) = (0x1bad_b002, 1u32 << 16);
+    let end = LOAD + 32 + code.len() as u32;
+    let checksum = 0u32.wrapping_sub(magic).wrapping_sub(flags);
+    let fields = [magic, flags, checksum, LOAD, LOAD, end, end, LOAD + 32];
+    let mut image: Vec<u8> = fields.iter().flat_map(|f| f.to_le_bytes()).collect();
+    image.extend_from_slice(&code);
+    image
+}
+
+fn place(name: &str) -> PathBuf {
+    std::env::temp_dir().join(format!("trapline-serial-{}-{name}", std::process::id()))
+}
+
+fn machine(kernel: &Path, serial: &str) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_trapline"));
+    command
+        .args(["run", "--memory", "size=16M", "--timeout", "120"])
+        .args(["--serial", serial, "--kernel"])
+        .arg(kernel)
+        .stdin(Stdio::null());
+    command
+}
+
+/// What a machine with this serial line writes to its standard output.
+fn output(name: &str, serial: &str) -> String {
+    let kernel = place(name);
+    std::fs::write(&kernel, greeting(false)).unwrap();
+    let output = machine(&kernel, serial).output().unwrap();
+    std::fs::remove_file(&kernel).unwrap();
+    let message = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(33), "{message}");
+    assert_eq!(message, "");
+    String::from_utf8(output.stdout).unwrap()
+}
+
+#[test]
+fn the_terminal_is_the_standard_output() {
+    assert_eq!(output("tty", "tty"), "hi\n");
+}
+
+#[test]
+fn null_drops_what_the_guest_sends() {
+    assert_eq!(output("null", "null"), "");
+}
+
+#[test]
+fn a_file_holds_what_the_guest_sent_last() {
+    let file = place("file-output");
+    std::fs::write(&file, "something longer from before").unwrap();
+    let serial = format!("file={}", file.display());
+    assert_eq!(output("file", &serial), "");
+    assert_eq!(std::fs::read(&file).unwrap(), b"hi\n");
+    std::fs::remove_file(&file).unwrap();
+}
+
+#[test]
+fn a_socket_carries_both_directions_and_goes_at_the_end() {
+    let (kernel, socket) = (place("socket-kernel"), place("socket"));
+    std::fs::write(&kernel, greeting(true)).unwrap();
+    let mut child = machine(&kernel, &format!("socket={}", socket.display()))
+        .spawn()
+        .unwrap();
+    let start = Instant::now();
+    let mut client = loop {
+        match UnixStream::connect(&socket) {
+            Ok(client) => break client,
+            Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused) => {}
+            Err(e) => panic!("{e}"),
+        }
+        assert!(start.elapsed() < Duration::from_secs(60), "no socket");
+        std::thread::sleep(Duration::from_millis(5));
+    };
+    client.write_all(b"?").unwrap();
+    let mut said = String::new();
+    client.read_to_string(&mut said).unwrap();
+    assert_eq!(said, "hi\n");
+    assert_eq!(child.wait().unwrap().code(), Some(33));
+    assert!(!socket.exists(), "the socket is left");
+    std::fs::remove_file(&kernel).unwrap();
+}
