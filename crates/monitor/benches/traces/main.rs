@@ -144,7 +144,10 @@ fn shadowed(report: &mut Report, actor: &mut ActingVcpu) {
         after.0 - before.0,
         after.1 - before.1
     );
-    report.add("untraced page, forgotten by the TLB each time".to_owned(), times);
+    report.add(
+        "untraced page, forgotten by the TLB each time".to_owned(),
+        times,
+    );
 }
 
 /// Stores that notify others.
