@@ -38,7 +38,8 @@ Exit status:
   (V<<1)|1   the guest wrote V to the debug-exit port 0xf4 (lowest 8 bits)
   64         wrong usage
   65         an input file is unusable
-  70         the guest crashed; its registers are printed
+  70         the guest crashed, its registers are printed; or, with --engine lockstep, the engines
+             disagree, and both states are printed
   71         the host refused a resource
   124        the time limit passed
   128+N      signal N stopped the machine";
@@ -223,6 +224,9 @@ pub enum Engine {
     Step,
     /// The binary translator
     Translate,
+    /// Both, over the same blocks of 64-bit code, to test them: stops at the first difference and
+    /// prints both states; for one processor, and slow
+    Lockstep,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -264,6 +268,7 @@ impl RunArguments {
                 Engine::Auto => EngineKind::Auto,
                 Engine::Step => EngineKind::Step,
                 Engine::Translate => EngineKind::Translate,
+                Engine::Lockstep => EngineKind::Lockstep,
             },
             timeout: self.timeout,
             stats: self.stats.clone(),

@@ -8,6 +8,8 @@ pub const USAGE: u8 = 64;
 pub const BAD_INPUT: u8 = 65;
 /// The guest crashed.
 pub const GUEST_CRASHED: u8 = 70;
+/// The translator and the stepping engine disagree: an internal error, which sysexits.h numbers so.
+pub const ENGINES_DIFFER: u8 = 70;
 /// The host refused a resource.
 pub const HOST_REFUSED: u8 = 71;
 /// The time limit passed; what timeout(1) gives.
@@ -29,6 +31,7 @@ pub fn of_outcome(outcome: &Outcome) -> u8 {
         // A process has 8 bits to say it in.
         Outcome::DebugExit(value) => ((value << 1) | 1) as u8,
         Outcome::Crashed { .. } => GUEST_CRASHED,
+        Outcome::EnginesDiffer(_) => ENGINES_DIFFER,
         Outcome::Stopped(reason) => of_stop(*reason),
         Outcome::TimedOut => TIMED_OUT,
     }

@@ -33,6 +33,10 @@ pub fn outcome(outcome: &Outcome) -> u8 {
                 "the guest crashed on VCPU {vcpu}: {reason}\n{registers}"
             ));
         }
+        Outcome::EnginesDiffer(report) => line(&format!(
+            "the translator and the stepping engine came to different results, please report \
+             this:\n{report}"
+        )),
         Outcome::Stopped(StopReason::Signal(number)) => {
             line(&format!("the machine was stopped by signal {number}"));
         }

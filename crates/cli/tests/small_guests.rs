@@ -118,6 +118,41 @@ guests! {
     cross_mod_of_8: "cross_mod", 8;
 }
 
+/// The guests for one VCPU, with both engines at once.
+mod lockstep {
+    fn passes(guest: &str) {
+        let stats = std::path::Path::new(env!("CARGO_TARGET_TMPDIR"));
+        let stats = stats.join(format!("lockstep-{guest}.json"));
+        let path = stats.to_str().unwrap();
+        super::passes_with(guest, 1, &["--engine", "lockstep", "--stats", path]);
+        let stats: serde_json::Value =
+            serde_json::from_str(&std::fs::read_to_string(&stats).unwrap()).unwrap();
+        let lockstep = &stats["boots"][0]["vcpus"][0]["lockstep"];
+        assert!(lockstep["compared"].as_u64().unwrap() > 100, "{lockstep}");
+    }
+
+    #[test]
+    fn exceptions() {
+        passes("exceptions");
+    }
+    #[test]
+    fn paging() {
+        passes("paging");
+    }
+    #[test]
+    fn segments() {
+        passes("segments");
+    }
+    #[test]
+    fn strings() {
+        passes("strings");
+    }
+    #[test]
+    fn selfmod() {
+        passes("selfmod");
+    }
+}
+
 /// What `cross_mod` says with these semantics of kind `code` and notifications that take a while.
 fn cross_mod_weakened(semantics: &str) -> (Option<i32>, String) {
     let semantics = format!("code={semantics}");

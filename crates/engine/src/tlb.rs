@@ -341,6 +341,19 @@ impl Tlb {
         self.epoch += 1;
     }
 
+    /// Removes the translation of a data access to one linear page, of one privilege. The guest cannot
+    /// tell.
+    pub fn forget(&mut self, linear: u64, privilege: Privilege, access: Access) {
+        let (table, slot) = (
+            data_table(privilege, access == Access::Write),
+            index(linear),
+        );
+        let offset = linear.wrapping_add(self.frame.slot(tlb_pages(table), slot));
+        if offset < PAGE {
+            Self::clear_slot(&mut self.frame, &mut self.gpas, table * SLOTS + slot);
+        }
+    }
+
     /// Removes the entries that allow `access` to a guest-physical page directly: from now on such
     /// accesses are sensed.
     pub fn revoke(&mut self, gpa: u64, access: Access) {

@@ -43,6 +43,9 @@ pub enum EngineKind {
     Step,
     /// The binary translator.
     Translate,
+    /// The translator and the stepping engine, over the same blocks; the first difference ends the
+    /// machine. For one VCPU.
+    Lockstep,
 }
 
 /// Who is notified of trace events.
@@ -118,6 +121,8 @@ pub enum ConfigError {
     MemoryGranularity(u64),
     #[error("the kernel command line contains a NUL byte: remove it")]
     CmdlineNul,
+    #[error("--engine lockstep cannot compare {0} VCPUs: give --cpus boot=1")]
+    LockstepVcpus(u8),
     #[error("the time limit is zero: give a positive number of seconds, for example --timeout 60")]
     ZeroTimeout,
     #[error("{} is given for both --stats and --events: give two paths", .0.display())]
@@ -156,6 +161,9 @@ impl MachineConfig {
     pub fn validate(&self) -> Result<(), ConfigError> {
         if !(1..=MAX_VCPUS).contains(&self.vcpus) {
             return Err(ConfigError::Vcpus(self.vcpus.into()));
+        }
+        if self.engine == EngineKind::Lockstep && self.vcpus > 1 {
+            return Err(ConfigError::LockstepVcpus(self.vcpus));
         }
         validate_memory(self.memory_bytes)?;
         if self.cmdline.contains('\0') {
@@ -213,6 +221,18 @@ mod tests {
         assert_eq!(with(|c| c.vcpus = 0), Err(ConfigError::Vcpus(0)));
         assert_eq!(with(|c| c.vcpus = 64), Ok(()));
         assert_eq!(with(|c| c.vcpus = 65), Err(ConfigError::Vcpus(65)));
+    }
+
+    #[test]
+    fn lock_step_is_for_one_vcpu() {
+        let lockstep = |vcpus| {
+            with(|c| {
+                c.engine = EngineKind::Lockstep;
+                c.vcpus = vcpus;
+            })
+        };
+        assert_eq!(lockstep(1), Ok(()));
+        assert_eq!(lockstep(2), Err(ConfigError::LockstepVcpus(2)));
     }
 
     #[test]

@@ -21,6 +21,8 @@ pub enum End {
         vcpu: u8,
         registers: String,
     },
+    /// In lock-step execution, with what was found as text.
+    EnginesDiffer(String),
     Stopped(StopReason),
     /// The host refused a VCPU what it needs.
     HostRefused(String),

@@ -17,6 +17,7 @@ use trapline_monitor::debug::Breakpoints;
 use trapline_monitor::interrupt::VcpuSignals;
 use trapline_monitor::signals::Signals;
 use trapline_monitor::surroundings::Surroundings;
+use trapline_monitor::vcpu::Execution;
 use trapline_trace::{Kind, Range, Sense, TraceSystem, VcpuId, VcpuSet};
 use trapline_x86::CpuState;
 use trapline_x86::cpuid::{CpuidConfig, CpuidModel};
@@ -142,6 +143,7 @@ fn run_with(
             reason: "triple fault".into(),
             registers,
         },
+        End::EnginesDiffer(report) => Outcome::EnginesDiffer(report),
         End::Stopped(reason) => Outcome::Stopped(reason),
         End::TimedOut | End::Reset => Outcome::TimedOut,
         End::HostRefused(what) => {
@@ -331,7 +333,11 @@ impl Machine {
             Arc::clone(&self.memory),
             Arc::clone(&self.trace),
         );
-        let translate = self.engine != EngineKind::Step;
+        let execution = match self.engine {
+            EngineKind::Step => Execution::Stepped,
+            EngineKind::Auto | EngineKind::Translate => Execution::Translated,
+            EngineKind::Lockstep => Execution::Lockstep,
+        };
         let mut threads = Vec::new();
         for (n, (signals, cpu)) in self.vcpus.into_iter().enumerate() {
             let Some(apic) = self.chipset.local_apic(n) else {
@@ -342,7 +348,7 @@ impl Machine {
             let surroundings =
                 move || Surroundings::new(VcpuId::new(n), trace, memory, apic, platform, cpuid);
             let ending = Arc::clone(&self.ending);
-            match VcpuThread::spawn(n as u8, cpu, surroundings, signals, ending, translate) {
+            match VcpuThread::spawn(n as u8, cpu, surroundings, signals, ending, execution) {
                 Ok(thread) => threads.push(thread),
                 Err(error) => {
                     stop_all(threads);

@@ -4,6 +4,7 @@ use std::fmt::Write as _;
 use std::io;
 
 use thiserror::Error;
+use trapline_monitor::lockstep::difference::Difference;
 use trapline_x86::{CpuState, Gpr, SegmentRegister};
 
 use crate::config::ConfigError;
@@ -26,6 +27,9 @@ pub enum Outcome {
         /// Its registers at that moment, as [`register_dump`] prints them.
         registers: String,
     },
+    /// In lock-step execution the translator and the stepping engine came to different results: the
+    /// guest's instructions, what differs, and both states, for a person to read.
+    EnginesDiffer(String),
     /// Someone outside asked for the end.
     Stopped(StopReason),
     /// The configured time limit passed.
@@ -76,6 +80,16 @@ impl MachineError {
             Self::Host { .. } => Blame::Host,
         }
     }
+}
+
+/// What two engines made of the same instructions, many lines for a person to read.
+pub fn difference_report(difference: &Difference) -> String {
+    format!(
+        "{difference}\nbefore:\n{}\n\ntranslated:\n{}\n\nstepped:\n{}",
+        register_dump(&difference.before),
+        register_dump(&difference.translated),
+        register_dump(&difference.stepped)
+    )
 }
 
 /// The registers of a VCPU, several lines for a person to read.

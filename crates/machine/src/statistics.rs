@@ -148,6 +148,12 @@ fn vcpu(index: usize, s: &VcpuStatistics, roles: RoleTotals) -> Value {
             "derived": s.descriptors.derived,
             "rests": s.descriptors.rests,
         },
+        "lockstep": s.lockstep.map(|l| json!({
+            "compared": l.compared,
+            "instructions": l.instructions,
+            "alone": l.alone,
+            "given_up": l.given_up,
+        })),
         "exits": {
             "port": e.port,
             "device": e.device,

@@ -7,12 +7,12 @@ use std::thread::{self, JoinHandle};
 use trapline_monitor::signals::Signals;
 use trapline_monitor::statistics::VcpuStatistics;
 use trapline_monitor::surroundings::Surroundings;
-use trapline_monitor::vcpu::{Exit, Vcpu};
+use trapline_monitor::vcpu::{Execution, Exit, Vcpu};
 use trapline_trace::{TraceSystem, VcpuId};
 use trapline_x86::CpuState;
 
 use crate::ending::{End, Ending};
-use crate::outcome::register_dump;
+use crate::outcome::{difference_report, register_dump};
 
 /// Ends the machine if its VCPU's thread panics, so that a fault of the VMM is no hang.
 struct PanicGuard {
@@ -40,7 +40,7 @@ pub struct VcpuThread {
 }
 
 impl VcpuThread {
-    /// Starts the VCPU `index` with the registers `cpu`, translating its 64-bit code if asked for.
+    /// Starts the VCPU `index` with the registers `cpu`.
     ///
     /// # Errors
     /// The host has no thread to give.
@@ -50,7 +50,7 @@ impl VcpuThread {
         surroundings: impl FnOnce() -> Surroundings + Send + 'static,
         signals: Arc<Signals>,
         ending: Arc<Ending>,
-        translate: bool,
+        execution: Execution,
     ) -> io::Result<Self> {
         let statistics = Arc::new(Mutex::new(VcpuStatistics::default()));
         let (thread_signals, thread_statistics) = (Arc::clone(&signals), Arc::clone(&statistics));
@@ -62,15 +62,22 @@ impl VcpuThread {
                 trace: Arc::clone(&surroundings.trace),
                 vcpu: surroundings.vcpu,
             };
-            let mut vcpu = match Vcpu::new(cpu, surroundings, thread_signals, bootstrap, translate) {
+            let mut vcpu = match Vcpu::new(cpu, surroundings, thread_signals, bootstrap, execution) {
                 Ok(vcpu) => vcpu,
                 Err(error) => return ending.announce(End::HostRefused(error.to_string())),
             };
             let exit = vcpu.run();
             *thread_statistics.lock().unwrap_or_else(PoisonError::into_inner) = vcpu.statistics();
             tracing::debug!(target: "vcpu", vcpu = index, ?exit, registers = register_dump(&vcpu.cpu), "ends");
-            if exit == Exit::TripleFault {
-                ending.announce(End::Crashed { vcpu: index, registers: register_dump(&vcpu.cpu) });
+            match exit {
+                Exit::Stopped => {}
+                Exit::TripleFault => {
+                    ending.announce(End::Crashed { vcpu: index, registers: register_dump(&vcpu.cpu) });
+                }
+                Exit::Difference => {
+                    let report = vcpu.difference().map(|d| difference_report(&d));
+                    ending.announce(End::EnginesDiffer(report.unwrap_or_default()));
+                }
             }
         })?;
         Ok(Self {

@@ -14,6 +14,7 @@ use trapline_x86::{CpuState, Exception, Mode};
 
 use crate::code_cache::{CachedBlock, Form, Key};
 use crate::earlier::Earlier;
+use crate::lockstep::comparable;
 use crate::surroundings::Surroundings;
 use crate::vcpu::Vcpu;
 
@@ -81,7 +82,7 @@ impl Vcpu {
     }
 
     /// Translates the fetch of one byte: its guest-physical address, and whether it is RAM.
-    fn translate_fetch(&mut self, linear: u64) -> Result<(u64, bool), Fault> {
+    pub(crate) fn translate_fetch(&mut self, linear: u64) -> Result<(u64, bool), Fault> {
         let mut core = Core::new(&mut self.cpu, &mut self.tlb, &mut self.surroundings);
         let privilege = Privilege::of_fetch(core.cpu);
         let translation = core.translate(linear, privilege, Access::Fetch)?;
@@ -195,6 +196,9 @@ impl Vcpu {
             let DecodeEnd::Block(mut block) = end else {
                 return Err(Exception::general_protection(0).into());
             };
+            if self.lockstep.is_some() && matches!(wanted, Wanted::Translated(..)) {
+                comparable::cut(&mut block);
+            }
             if second_gpa.is_some() {
                 // Only the crossing instruction: what follows it lies on the other page.
                 block.truncate_to_first();

@@ -13,6 +13,7 @@ pub mod debug;
 mod earlier;
 mod fetch;
 pub mod interrupt;
+pub mod lockstep;
 mod patches;
 pub mod platform;
 pub mod shadow_descriptors;

@@ -35,6 +35,20 @@ pub struct Exits {
     pub restarts: u64,
 }
 
+/// What lock-step execution did.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct LockstepStatistics {
+    /// Pieces of translated code that were compared with the stepping engine.
+    pub compared: u64,
+    /// Instructions that were stepped for that.
+    pub instructions: u64,
+    /// Instructions that were executed once, by the stepping engine.
+    pub alone: u64,
+    /// Pieces of translated code that were not compared because stepping met a device or a sensed
+    /// access.
+    pub given_up: u64,
+}
+
 /// Totals of one VCPU, taken when it stops.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct VcpuStatistics {
@@ -50,6 +64,8 @@ pub struct VcpuStatistics {
     pub shadow: ShadowStatistics,
     pub descriptors: DescriptorStatistics,
     pub exits: Exits,
+    /// In lock-step execution.
+    pub lockstep: Option<LockstepStatistics>,
     /// Host time executing, without halts, in nanoseconds.
     pub running_ns: u64,
     /// Host time halted, in nanoseconds.

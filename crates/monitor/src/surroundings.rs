@@ -22,6 +22,7 @@ use trapline_x86::{CpuState, msr};
 
 use crate::code_cache::CodeCache;
 use crate::interrupt::LocalInterrupts;
+use crate::lockstep::rehearsal::{MemoryDifference, Rehearsal};
 use crate::platform::Platform;
 use crate::shadow_descriptors::ShadowDescriptors;
 use crate::shadow_pages::{Fill, ShadowPages};
@@ -55,6 +56,8 @@ pub struct Surroundings {
     turns: Turns,
     /// What the sensed write that follows will write.
     announced: Vec<u8>,
+    /// In lock-step execution.
+    pub(crate) rehearsal: Option<Box<Rehearsal>>,
 }
 
 /// The range of a span.
@@ -110,7 +113,26 @@ impl Surroundings {
             exits: Exits::default(),
             watchpoint_hit: None,
             announced: Vec::new(),
+            rehearsal: None,
         }
+    }
+
+    pub(crate) fn rehearse(&mut self, act: impl FnOnce(&mut Rehearsal)) {
+        if let Some(rehearsal) = &mut self.rehearsal {
+            act(rehearsal);
+        }
+    }
+
+    /// Where memory is not what the first of two trials left.
+    pub(crate) fn trial_differences(&self) -> Vec<MemoryDifference> {
+        let rehearsal = self.rehearsal.as_ref();
+        rehearsal.map_or_else(Vec::new, |r| r.differences(16))
+    }
+
+    /// Whether this access, which is not to memory directly, must not be made now.
+    fn refuses(&self, access: Access) -> bool {
+        let rehearsal = self.rehearsal.as_ref();
+        access != Access::Fetch && rehearsal.is_some_and(|rehearsal| rehearsal.active)
     }
 
     /// Applies a notice to this VCPU's derived structures.
@@ -279,6 +301,7 @@ impl WalkMemory<'_> {
         exchange: impl Fn(&GuestMemory) -> Option<Result<(), T>>,
     ) -> Result<(), T> {
         let s = &mut *self.surroundings;
+        s.rehearse(|trial| trial.walked(gpa));
         if s.memory.hold(s.vcpu, gpa, Sense::WRITE) {
             return exchange(&s.memory).unwrap_or(Err(old));
         }
@@ -344,6 +367,9 @@ impl Environment for Surroundings {
         };
         let gpa = page.gpa | (linear & 0xfff);
         let Some(host_page) = self.memory.host_address(page.gpa) else {
+            if self.refuses(access) {
+                return Err(Fault::Restart);
+            }
             return Ok(Translation {
                 gpa,
                 backing: Backing::Device,
@@ -358,6 +384,9 @@ impl Environment for Surroundings {
         };
         let direct = access == Access::Fetch || self.memory.hold(self.vcpu, gpa, held);
         if !direct {
+            if self.refuses(access) {
+                return Err(Fault::Restart);
+            }
             return Ok(Translation {
                 gpa,
                 backing: Backing::Sensed(host),
@@ -372,6 +401,11 @@ impl Environment for Surroundings {
             page.global,
             page.size,
         );
+        if access == Access::Write
+            && let Some(rehearsal) = &mut self.rehearsal
+        {
+            rehearsal.grant(linear, privilege, page.gpa, host_page);
+        }
         Ok(Translation {
             gpa,
             backing: Backing::Ram(host),

@@ -31,6 +31,18 @@ pub(crate) enum From {
     Elsewhere,
 }
 
+/// What is to be done when translated code was left.
+pub(crate) enum After {
+    /// Go on at RIP.
+    GoOn,
+    /// Look at what asks for attention.
+    Attention,
+    /// The instruction at RIP must be stepped.
+    Step,
+    /// A helper executed an instruction that ended so.
+    Turn(Turn),
+}
+
 impl Vcpu {
     /// Whether the code at RIP may run translated: 64-bit, and no check is due at every
     /// instruction.
@@ -105,49 +117,11 @@ impl Vcpu {
             };
             tracing::trace!(target: "translated", vcpu = self.surroundings.vcpu.index(), ?left, ?site, rip = format_args!("{:#x}", self.cpu.rip), "left");
         }
-        match left {
-            Left::Site(number) => {
-                let translator = self.surroundings.code.translator.as_ref();
-                match translator.and_then(|t| t.site(number)) {
-                    Some(Site::Link {
-                        target, unshared, ..
-                    }) => {
-                        self.cpu.rip = target;
-                        self.came_from = From::Link(number, self.code_drops, unshared);
-                    }
-                    Some(Site::Jump { target, cell }) => {
-                        self.cpu.rip = target;
-                        self.came_from = From::Cell(cell);
-                    }
-                    Some(Site::Branch { rip, effect }) => {
-                        self.cpu.rip = rip;
-                        let (tlb, around) = (&mut self.tlb, &mut self.surroundings);
-                        if !finish_branch(&mut Core::new(&mut self.cpu, tlb, around), effect) {
-                            self.step();
-                        }
-                        self.came_from = From::Jump;
-                    }
-                    Some(Site::Attention { rip }) => {
-                        self.cpu.rip = rip;
-                        return true;
-                    }
-                    None => return true,
-                }
-            }
-            Left::Turn(turn) => {
-                self.surroundings.exits.assists += 1;
-                self.ended(turn);
-                self.came_from = From::Jump;
-            }
-            Left::Step { address, fault } => {
-                self.surroundings.exits.host_faults += u64::from(fault);
-                let translator = self.surroundings.code.translator.as_ref();
-                let Some(rip) = translator.and_then(|t| t.rip_of(address)) else {
-                    return true;
-                };
-                self.cpu.rip = rip;
-                self.step();
-            }
+        match self.after(left) {
+            After::GoOn => {}
+            After::Attention => return true,
+            After::Step => self.step(),
+            After::Turn(turn) => self.ended(turn),
         }
         word.pending()
             || self.undelivered.is_some()
@@ -156,8 +130,57 @@ impl Vcpu {
             || !self.may_run_translated()
     }
 
+    /// Brings RIP up to date when translated code was left, and finishes a branch.
+    #[inline]
+    pub(crate) fn after(&mut self, left: Left) -> After {
+        let translator = self.surroundings.code.translator.as_ref();
+        match left {
+            Left::Site(number) => match translator.and_then(|t| t.site(number)) {
+                Some(Site::Link {
+                    target, unshared, ..
+                }) => {
+                    self.cpu.rip = target;
+                    self.came_from = From::Link(number, self.code_drops, unshared);
+                    After::GoOn
+                }
+                Some(Site::Jump { target, cell }) => {
+                    self.cpu.rip = target;
+                    self.came_from = From::Cell(cell);
+                    After::GoOn
+                }
+                Some(Site::Branch { rip, effect }) => {
+                    self.cpu.rip = rip;
+                    self.came_from = From::Jump;
+                    let (tlb, around) = (&mut self.tlb, &mut self.surroundings);
+                    match finish_branch(&mut Core::new(&mut self.cpu, tlb, around), effect) {
+                        true => After::GoOn,
+                        false => After::Step,
+                    }
+                }
+                Some(Site::Attention { rip }) => {
+                    self.cpu.rip = rip;
+                    After::Attention
+                }
+                None => After::Attention,
+            },
+            Left::Turn(turn) => {
+                self.surroundings.exits.assists += 1;
+                self.came_from = From::Jump;
+                After::Turn(turn)
+            }
+            Left::Step { address, fault } => {
+                self.surroundings.exits.host_faults += u64::from(fault);
+                let Some(rip) = translator.and_then(|t| t.rip_of(address)) else {
+                    return After::Attention;
+                };
+                self.cpu.rip = rip;
+                After::Step
+            }
+        }
+    }
+
     /// Where to begin in `block`; enters it where it will be looked for.
-    fn enter(&mut self, block: &Rc<CachedBlock>, context: Context) -> Option<Entry> {
+    pub(crate) fn enter(&mut self, block: &Rc<CachedBlock>, context: Context) -> Option<Entry> {
         let from = std::mem::take(&mut self.came_from);
         let id = block.translated?;
         let translator = self.surroundings.code.translator.as_mut()?;
@@ -184,7 +207,7 @@ impl Vcpu {
     }
 
     /// Steps the instruction at RIP.
-    fn step(&mut self) {
+    pub(crate) fn step(&mut self) {
         self.surroundings.exits.steps += 1;
         let block = match self.fetch(Wanted::Single) {
             Ok(block) => block,

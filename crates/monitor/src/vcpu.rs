@@ -21,6 +21,8 @@ use trapline_x86::{CpuState, Mode};
 use crate::code_cache::CachedBlock;
 use crate::debug::{Resume, StopCause};
 use crate::fetch::Wanted;
+use crate::lockstep::difference::Difference;
+use crate::lockstep::{self, Lockstep};
 use crate::signals::{Signals, attention};
 use crate::statistics::VcpuStatistics;
 use crate::surroundings::Surroundings;
@@ -33,6 +35,17 @@ pub enum Exit {
     Stopped,
     /// A triple fault: the registers are those at the last fault.
     TripleFault,
+    /// In lock-step execution: the engines disagree, see [`Vcpu::difference`].
+    Difference,
+}
+
+/// How a VCPU executes 64-bit code.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Execution {
+    Stepped,
+    Translated,
+    /// Both, and compared; for machines of one VCPU.
+    Lockstep,
 }
 
 /// The sub-VMM of one VCPU.
@@ -64,11 +77,12 @@ pub struct Vcpu {
     pub(crate) log_blocks: bool,
     /// Whether every way out of translated code is logged.
     pub(crate) log_translated: bool,
+    /// In lock-step execution.
+    pub(crate) lockstep: Option<Box<Lockstep>>,
 }
 
 impl Vcpu {
-    /// A VCPU in the state `cpu`, to be run on the calling thread; 64-bit code is translated if
-    /// asked for.
+    /// A VCPU in the state `cpu`, to be run on the calling thread.
     ///
     /// # Errors
     /// The host refused executable memory.
@@ -77,12 +91,20 @@ impl Vcpu {
         mut surroundings: Surroundings,
         signals: Arc<Signals>,
         bootstrap: bool,
-        translate: bool,
+        execution: Execution,
     ) -> Result<Self, NativeError> {
-        if translate {
+        if execution != Execution::Stepped {
             let word = surroundings.trace.attention(surroundings.vcpu);
             // The trace system outlives the VCPU, which keeps it.
-            surroundings.code.translator = Some(Translator::new(word.as_ptr())?);
+            let word = match execution {
+                Execution::Lockstep => lockstep::WANTED.as_ptr(),
+                _ => word.as_ptr(),
+            };
+            surroundings.code.translator = Some(Translator::new(word)?);
+        }
+        let compared = (execution == Execution::Lockstep).then(Box::default);
+        if compared.is_some() {
+            surroundings.rehearsal = Some(Box::default());
         }
         let cpu = Box::new(cpu);
         let features = Features::new(|leaf, subleaf| surroundings.cpuid(&cpu, leaf, subleaf));
@@ -105,6 +127,7 @@ impl Vcpu {
             stepped: false,
             passed_breakpoint: None,
             log_translated: tracing::enabled!(target: "translated", tracing::Level::TRACE),
+            lockstep: compared,
             log_blocks: tracing::enabled!(target: "exec", tracing::Level::TRACE),
         })
     }
@@ -117,11 +140,17 @@ impl Vcpu {
             shadow: self.surroundings.shadow.statistics,
             descriptors: self.surroundings.descriptors.statistics,
             exits: self.surroundings.exits,
+            lockstep: self.lockstep.as_ref().map(|l| l.statistics),
             running_ns: self.started.map_or(self.statistics.running_ns, |started| {
                 (started.elapsed().as_nanos() as u64).saturating_sub(self.statistics.halted_ns)
             }),
             ..self.statistics
         }
+    }
+
+    /// What the engines disagree in, after [`Exit::Difference`].
+    pub fn difference(&self) -> Option<Arc<Difference>> {
+        self.lockstep.as_ref()?.difference.clone()
     }
 
     /// Runs until stopped or crashed.
@@ -166,7 +195,14 @@ impl Vcpu {
                 }
             }
             if self.may_run_translated() {
-                self.run_translated();
+                if self.lockstep.is_none() {
+                    self.run_translated();
+                    continue;
+                }
+                self.run_lockstep();
+                if self.difference().is_some() {
+                    return Exit::Difference;
+                }
                 continue;
             }
             match self.fetch(Wanted::Decoded) {

@@ -22,6 +22,7 @@ mod assembler;
 mod control;
 mod emit;
 mod immediate;
+mod liveness;
 mod memory;
 mod plain;
 mod registers;
@@ -43,6 +44,7 @@ use crate::tlb::{Privilege, Tlb, data_table};
 use assembler::Assembler;
 pub use emit::{Site, StackEffect};
 pub use immediate::{RunTime, Tail, tail};
+pub use liveness::dead_flags;
 pub use run::{Entry, Left, finish_branch, run};
 use stubs::Stubs;
 

@@ -23,7 +23,7 @@ const PAGE: u64 = 4096;
 const RAM: u64 = 16 * PAGE;
 
 /// Nothing lies around these VCPUs but memory.
-struct Nothing;
+pub(crate) struct Nothing;
 
 impl Platform for Nothing {
     fn port_read(&self, _: u8, _: u16, _: u8) -> u32 {
