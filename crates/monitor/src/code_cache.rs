@@ -145,6 +145,8 @@ pub struct CodeCache {
     pub(crate) patches: Patches,
     /// Translations of what was rewritten.
     earlier: EarlierCode,
+    /// How code is cut into blocks has changed since [`Self::take_recut`].
+    recut: bool,
     /// Where blocks began that are gone: the jumps to them must go too.
     removed: Vec<u64>,
     pub statistics: CodeStatistics,
@@ -176,6 +178,7 @@ impl CodeCache {
             translated: 0,
             patches: Patches::default(),
             earlier: EarlierCode::default(),
+            recut: false,
             removed: Vec::new(),
             statistics: CodeStatistics::default(),
         }
@@ -255,6 +258,13 @@ impl CodeCache {
         self.gone.contains(key)
     }
 
+    /// Whether code is cut into blocks in another way since the last call: the traces that wait for
+    /// their removal then cover what no block will cover again, and their consumers would be told
+    /// of writes that are none of theirs.
+    pub fn take_recut(&mut self) -> bool {
+        std::mem::take(&mut self.recut)
+    }
+
     /// A translation of the block with this key, derived from what `bytes` begin with, that was set
     /// aside when they changed. It may be inserted again, once the bytes have been protected and
     /// read.
@@ -317,6 +327,7 @@ impl CodeCache {
             if self.patches.note(range) {
                 // From now on these bytes get a block of their own.
                 self.earlier.clear();
+                self.recut = true;
             }
             self.witness.invalidated(start, Kind::Code, range, count);
         }

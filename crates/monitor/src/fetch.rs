@@ -228,8 +228,9 @@ impl Vcpu {
                     [None, None],
                 )));
             }
-            if run_time.is_some() && self.surroundings.code.has_released() {
-                // The traces that cover the immediate too.
+            let code = &mut self.surroundings.code;
+            if (code.take_recut() || run_time.is_some()) && code.has_released() {
+                // The traces that cover the immediate too, and those of larger blocks.
                 self.surroundings.remove_released();
             }
             // Protect, then read.

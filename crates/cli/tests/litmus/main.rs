@@ -103,10 +103,17 @@ fn everything_post_write_sync() {
 }
 
 /// Whether the guest sees violations within some tries, and it says so by its exit status.
+///
+/// An old opcode may meet a new operand, which is read at run time: then it leads anywhere, and the
+/// guest ends with an exception that it did not expect.
 fn violates(test: &str, options: &[&str]) -> bool {
     (0..5).any(|_| {
         let guest_options = format!("test={test} ms=1000 patience=5000");
         let run = run(4, &guest_options, options);
+        let astray = format!("litmus {test}: FAIL unexpected exception");
+        if run.text.contains(&astray) {
+            return true;
+        }
         let failed = run.row(test).failed();
         assert_eq!(run.status, Some(if failed { FAIL } else { PASS }));
         run.row(test).violations > 0
@@ -179,17 +186,30 @@ fn bracketing_bears_a_delay() {
     passes(4, SHORT, &[], &["--debug-notice-delay", "all=200"]);
 }
 
-/// Bytes right before and right behind code that is executed all the while: no event.
-#[test]
-fn stores_beside_code_are_no_events() {
-    let run = run(4, "test=beside ms=20000 rounds=100", &[]);
+/// Stores right before and right behind code that is executed all the while are no events; how many
+/// of them were sensed, and how many there were.
+fn stores_beside_code(options: &[&str]) -> (u64, u64) {
+    let run = run(4, "test=beside ms=20000 rounds=100", options);
     assert_eq!(run.status, Some(PASS), "{}", run.text);
     let rounds = run.row("beside").rounds;
     assert!(rounds > 0, "{}", run.text);
     assert_eq!(run.total("code", "events"), 0, "{}", run.traces());
-    // They were sensed, because their page has traces.
-    let beside = run.traces()["beside"].as_u64().unwrap();
-    assert!(beside >= rounds * 4 * 100, "{}", run.traces());
+    let sensed = run.traces()["beside"].as_u64().unwrap();
+    (sensed, rounds * 4 * 100)
+}
+
+/// Each is sensed, because its page has traces.
+#[test]
+fn stores_beside_code_are_no_events() {
+    let (sensed, stores) = stores_beside_code(&["--engine", "step"]);
+    assert!(sensed >= stores, "{sensed} of {stores}");
+}
+
+/// Those that are made again and again are sensed until they become direct.
+#[test]
+fn stores_beside_translated_code_become_direct() {
+    let (sensed, stores) = stores_beside_code(&[]);
+    assert!(sensed > 0 && sensed < stores / 10, "{sensed} of {stores}");
 }
 
 /// Each test ten seconds, on every number of VCPUs: `cargo test --release --package trapline --test
