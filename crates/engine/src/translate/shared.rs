@@ -17,6 +17,9 @@ use crate::frame::field;
 
 /// The largest window in bytes: the larger, the more of them cross a page.
 const WINDOW: i64 = 1024;
+/// Beyond this distance from its registers nothing is shared: a window's displacement, at the
+/// leader and wherever it is looked up again, has to fit in 32 bits.
+const FAR: u64 = 1 << 28;
 
 /// An access, by the registers' values before the operation.
 #[derive(Clone, Copy, Debug)]
@@ -92,6 +95,17 @@ fn growth(address: &FlatAddress, register: usize, by: i32) -> i64 {
     part(address.base, 0) + part(address.index, address.scale)
 }
 
+/// Whether a displacement of this address is too far to be shared. Without registers it is the
+/// address itself, which has 64 bits.
+fn is_far(address: &FlatAddress, distance: i64) -> bool {
+    let limit = if registers(address) == 0 {
+        1 << 62
+    } else {
+        FAR
+    };
+    distance.unsigned_abs() > limit
+}
+
 /// The registers of an address, a bit each.
 fn registers(address: &FlatAddress) -> u16 {
     let bit = |number: u8| {
@@ -134,7 +148,7 @@ impl Shares {
                 let Some(access) = access else { continue };
                 let joined = open.iter_mut().any(|open| open.join((n, k), access));
                 if !joined {
-                    open.push(Open::new((n, k), access));
+                    open.extend(Open::new((n, k), access));
                 }
             }
             let ends = |open: &mut Open| {
@@ -145,6 +159,7 @@ impl Shares {
                 for open in &mut open {
                     open.delta += growth(&open.group.address, register, by);
                 }
+                closed.extend(open.extract_if(.., |open| is_far(&open.group.address, open.delta)));
             }
         }
         closed.extend(open);
@@ -205,16 +220,20 @@ impl Shares {
 }
 
 impl Open {
-    fn new(at: Position, access: &Access) -> Self {
+    /// None for an access of which nobody may rely on the window.
+    fn new(at: Position, access: &Access) -> Option<Self> {
         let low = access.address.displacement as i64;
-        Self {
+        if is_far(&access.address, low) {
+            return None;
+        }
+        Some(Self {
             group: Group {
                 address: FlatAddress {
                     displacement: 0,
                     ..access.address
                 },
                 low,
-                high: low.wrapping_add(i64::from(access.size)),
+                high: low + i64::from(access.size),
                 write: access.write,
                 field: 0,
                 first: at,
@@ -222,7 +241,7 @@ impl Open {
             },
             delta: 0,
             members: vec![(at, low)],
-        }
+        })
     }
 
     /// Adds an access of the same registers unless the window would become too large.
@@ -235,15 +254,14 @@ impl Open {
         if registers != group.address {
             return false;
         }
-        let displacement = (access.address.displacement as i64).wrapping_add(self.delta);
+        let displacement = access.address.displacement as i64;
+        if is_far(&group.address, displacement) {
+            return false;
+        }
+        let displacement = displacement + self.delta;
         let low = group.low.min(displacement);
-        let high = group
-            .high
-            .max(displacement.wrapping_add(i64::from(access.size)));
-        if high
-            .checked_sub(low)
-            .is_none_or(|size| !(1..=WINDOW).contains(&size))
-        {
+        let high = group.high.max(displacement + i64::from(access.size));
+        if high - low > WINDOW {
             return false;
         }
         (group.low, group.high, group.last) = (low, high, at);
@@ -323,6 +341,47 @@ mod tests {
         assert_eq!(shares.groups.len(), 1);
         assert!(shares.groups[0].address.base == 5 && shares.groups[0].write);
         assert_eq!(shares.share(0, 0), None);
+    }
+
+    #[test]
+    fn what_is_far_is_not_shared() {
+        let far = [
+            i64::MAX - 3,
+            i64::MIN,
+            i64::from(i32::MIN),
+            i64::from(i32::MAX),
+        ];
+        for displacement in far {
+            // The second ends where a displacement may wrap.
+            let near = displacement.wrapping_sub(8);
+            let shares = Shares::of(&[at(3, displacement, true), at(3, near, true)]);
+            assert_eq!(shares.groups.len(), 0, "{:?}", shares.groups);
+        }
+        let global = |displacement: i64| {
+            let mut effect = at(3, displacement, true);
+            if let Some(access) = &mut effect.accesses[0] {
+                access.address.base = NO_REGISTER;
+            }
+            effect
+        };
+        for (displacement, groups) in [(-0x7000_0000, 1), (i64::MAX - 3, 0), (i64::MIN, 0)] {
+            let near = displacement.wrapping_sub(8);
+            let shares = Shares::of(&[global(displacement), global(near)]);
+            assert_eq!(shares.groups.len(), groups, "{:?}", shares.groups);
+        }
+        // The register moves as far as an instruction can move it, once and many times.
+        for by in [i32::MIN, i32::MAX] {
+            let mut effect = at(3, 0, true);
+            effect.adjusted = Some((3, by));
+            let shares = Shares::of(&[effect, at(3, 0, true), at(3, 8, true)]);
+            assert_eq!(shares.groups.len(), 1, "{:?}", shares.groups);
+            assert_eq!(
+                (shares.groups[0].first, shares.groups[0].size()),
+                ((1, 0), 16)
+            );
+            let shares = Shares::of(&[effect; 64]);
+            assert_eq!(shares.groups.len(), 0, "{:?}", shares.groups);
+        }
     }
 
     #[test]
