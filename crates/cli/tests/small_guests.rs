@@ -102,6 +102,7 @@ guests! {
     paging: "paging", 1;
     segments: "segments", 1;
     strings: "strings", 1;
+    edges: "edges", 1;
     clock: "clock", 1;
     calibrate: "calibrate", 1;
     selfmod: "selfmod", 1;

@@ -18,7 +18,7 @@ use trapline_trace::observer::Witness;
 use trapline_trace::{Actor, Kind, Notice, Phase, Range, Sense, TraceSystem, VcpuId, VcpuSet};
 use trapline_x86::cpuid::{CpuidDynamic, CpuidModel};
 use trapline_x86::paging::{self, Page, PhysicalMemory, Request};
-use trapline_x86::{CpuState, msr};
+use trapline_x86::{CpuState, Exception, msr};
 
 use crate::code_cache::CodeCache;
 use crate::interrupt::LocalInterrupts;
@@ -351,6 +351,12 @@ impl Environment for Surroundings {
         privilege: Privilege,
         access: Access,
     ) -> Result<Translation, Fault> {
+        // Operands have been checked. The rest of an instruction that crosses into the hole of
+        // addresses, or of a descriptor table that does, has not; the walk ignores the upper bits,
+        // and the TLB holds canonical addresses only.
+        if !CpuState::is_canonical(linear) {
+            return Err(Exception::general_protection(0).into());
+        }
         let request = Request {
             write: access == Access::Write,
             fetch: access == Access::Fetch,

@@ -151,15 +151,25 @@ impl Area {
         core: &mut Core<'_, E>,
         ranges: &[(usize, usize)],
     ) -> Result<(), Fault> {
-        let privilege = Privilege::of_data(core.cpu);
         for &(at, len) in ranges {
-            core.probe_write(self.linear.wrapping_add(at as u64), len, privilege)?;
+            self.probe_write(core, at, len)?;
         }
+        let privilege = Privilege::of_data(core.cpu);
         for &(at, len) in ranges {
             let linear = self.linear.wrapping_add(at as u64);
             core.write_bytes(linear, &self.bytes[at..at + len], privilege)?;
         }
         Ok(())
+    }
+
+    fn probe_write<E: Environment>(
+        &self,
+        core: &mut Core<'_, E>,
+        at: usize,
+        len: usize,
+    ) -> Result<(), Fault> {
+        let privilege = Privilege::of_data(core.cpu);
+        core.probe_write(self.linear.wrapping_add(at as u64), len, privilege)
     }
 
     fn quadword(&self, at: usize) -> u64 {
@@ -235,6 +245,8 @@ fn xsave<E: Environment>(core: &mut Core<'_, E>, instr: &Instruction) -> Execute
         used |= SSE_BIT;
     }
     if !compact {
+        // It reads these eight bytes, but a processor (AMD Zen) reports a write that was refused.
+        area.probe_write(core, HEADER_AT, 8)?;
         area.read(core, HEADER_AT, 8)?;
     }
     let v = &core.cpu.vector;
