@@ -107,6 +107,8 @@ guests! {
     calibrate: "calibrate", 1;
     selfmod: "selfmod", 1;
     selfmod_beside_idle_vcpus: "selfmod", 4;
+    paths: "paths", 1;
+    paths_beside_an_idle_vcpu: "paths", 2;
     patched: "patched", 2;
     patched_beside_idle_vcpus: "patched", 4;
     smp_of_2: "smp", 2;
@@ -117,6 +119,17 @@ guests! {
     cross_mod_of_3: "cross_mod", 3;
     cross_mod_of_4: "cross_mod", 4;
     cross_mod_of_8: "cross_mod", 8;
+}
+
+/// The guest's loops did become paths.
+#[test]
+fn paths_are_made() {
+    let stats = std::path::Path::new(env!("CARGO_TARGET_TMPDIR")).join("paths.json");
+    passes_with("paths", 1, &["--stats", stats.to_str().unwrap()]);
+    let stats: serde_json::Value =
+        serde_json::from_str(&std::fs::read_to_string(&stats).unwrap()).unwrap();
+    let vcpu = &stats["boots"][0]["vcpus"][0];
+    assert!(vcpu["paths"].as_u64().unwrap() >= 8, "{vcpu}");
 }
 
 /// The guests for one VCPU, with both engines at once.
@@ -135,6 +148,10 @@ mod lockstep {
     #[test]
     fn exceptions() {
         passes("exceptions");
+    }
+    #[test]
+    fn paths() {
+        passes("paths");
     }
     #[test]
     fn paging() {

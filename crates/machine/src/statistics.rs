@@ -135,6 +135,7 @@ fn vcpu(index: usize, s: &VcpuStatistics, roles: RoleTotals) -> Value {
         "code_cache_drops": s.code.drops,
         "run_time_immediates": s.code.run_time_immediates,
         "revived_blocks": s.code.revived_blocks,
+        "paths": s.code.paths,
         "roles": {
             "actor": roles.actor,
             "consumer": roles.consumer,

@@ -39,7 +39,9 @@ pub struct CachedBlock {
     pub first: Range,
     /// Of the bytes on the second page, for an instruction that crosses.
     pub second: Option<Range>,
-    traces: [Option<TraceId>; 2],
+    /// Of the further pieces of a path.
+    others: Box<[Range]>,
+    traces: Box<[TraceId]>,
     /// What it was derived from, if it is to be kept once that changes.
     bytes: Option<Box<[u8]>>,
 }
@@ -57,9 +59,43 @@ impl CachedBlock {
             translated,
             first,
             second,
-            traces,
+            others: Box::default(),
+            traces: traces.into_iter().flatten().collect(),
             bytes: None,
         }
+    }
+
+    /// A path, whose first instructions' bytes are `first`.
+    pub fn path(
+        block: Block,
+        translated: BlockId,
+        first: Range,
+        others: Box<[Range]>,
+        traces: Vec<TraceId>,
+    ) -> Self {
+        Self {
+            block,
+            translated: Some(translated),
+            first,
+            second: None,
+            others,
+            traces: traces.into_boxed_slice(),
+            bytes: None,
+        }
+    }
+
+    /// All ranges of bytes that it was derived from.
+    fn ranges(&self) -> impl Iterator<Item = Range> + '_ {
+        let others = self.others.iter().copied();
+        std::iter::once(self.first).chain(self.second).chain(others)
+    }
+
+    /// The pages that they lie on, each once.
+    fn pages(&self) -> Vec<u64> {
+        let mut pages: Vec<u64> = self.ranges().map(|range| range.lo >> 12).collect();
+        pages.sort_unstable();
+        pages.dedup();
+        pages
     }
 
     /// The same, to be set aside and found again by these bytes once they have changed.
@@ -69,7 +105,7 @@ impl CachedBlock {
     }
 
     fn overlaps(&self, range: Range) -> bool {
-        self.first.overlaps(&range) || self.second.is_some_and(|s| s.overlaps(&range))
+        self.ranges().any(|own| own.overlaps(&range))
     }
 }
 
@@ -117,6 +153,8 @@ pub struct CodeStatistics {
     /// Blocks of an instruction that is rewritten often, with an immediate that is read at run
     /// time.
     pub run_time_immediates: u64,
+    /// Paths over several blocks that were made.
+    pub paths: u64,
     /// Translations used again because their bytes were what they had been.
     pub revived_blocks: u64,
 }
@@ -243,9 +281,8 @@ impl CodeCache {
         self.statistics.rederived_blocks += u64::from(self.gone.remove(&key));
         self.remove(key);
         let block = Rc::new(block);
-        self.by_page.entry(key.gpa >> 12).or_default().push(key);
-        if let Some(second) = block.second {
-            self.by_page.entry(second.lo >> 12).or_default().push(key);
+        for page in block.pages() {
+            self.by_page.entry(page).or_default().push(key);
         }
         self.operations += block.block.ops.len();
         self.translated += usize::from(block.translated.is_some());
@@ -288,8 +325,7 @@ impl CodeCache {
                 self.earlier.keep(key, Earlier { id, bytes, len });
             }
         }
-        let pages = [Some(block.first.lo >> 12), block.second.map(|s| s.lo >> 12)];
-        for page in pages.into_iter().flatten() {
+        for page in block.pages() {
             if let Some(keys) = self.by_page.get_mut(&page) {
                 keys.retain(|k| *k != key);
                 if keys.is_empty() {
@@ -297,7 +333,7 @@ impl CodeCache {
                 }
             }
         }
-        for id in block.traces.into_iter().flatten() {
+        for &id in &block.traces {
             self.release_trace(id);
         }
         true
@@ -357,7 +393,7 @@ impl CodeCache {
         self.translated = 0;
         self.removed.clear();
         for (_, block) in std::mem::take(&mut self.blocks) {
-            for id in block.traces.into_iter().flatten() {
+            for &id in &block.traces {
                 self.release_trace(id);
             }
         }

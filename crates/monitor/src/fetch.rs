@@ -137,7 +137,7 @@ impl Vcpu {
     }
 
     /// Derives the block at `key`: protects its bytes with a trace, then reads them.
-    fn derive(
+    pub(crate) fn derive(
         &mut self,
         key: Key,
         linear: u64,
@@ -291,6 +291,9 @@ impl Vcpu {
                 };
                 if translated.is_some() {
                     block.ops = Vec::new();
+                    if let Wanted::Translated(context, false) = wanted {
+                        self.heat.lost(key.rip, context.number());
+                    }
                     self.surroundings.code.statistics.run_time_immediates +=
                         u64::from(immediate.is_some());
                 }
@@ -362,7 +365,7 @@ impl Vcpu {
         Some((usize::from(tail.offset), immediate))
     }
 
-    fn translate_block(&mut self, source: Source<'_>) -> Result<BlockId, ThunkError> {
+    pub(crate) fn translate_block(&mut self, source: Source<'_>) -> Result<BlockId, ThunkError> {
         let Some(translator) = &mut self.surroundings.code.translator else {
             return Err(ThunkError::Unsupported);
         };
@@ -407,9 +410,10 @@ impl Vcpu {
         self.tlb.bump_epoch();
         self.tlb.forget_cells();
         self.code_drops += 1;
+        self.heat.all_lost();
     }
 
-    fn establish(&mut self, range: Range) -> Result<Option<TraceId>, Fault> {
+    pub(crate) fn establish(&mut self, range: Range) -> Result<Option<TraceId>, Fault> {
         let s = &mut self.surroundings;
         let (code, shadow, descriptors) = (&mut s.code, &mut s.shadow, &mut s.descriptors);
         let (memory, vcpu, tlb) = (&*s.memory, s.vcpu, &mut self.tlb);

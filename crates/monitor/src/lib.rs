@@ -15,6 +15,7 @@ mod fetch;
 pub mod interrupt;
 pub mod lockstep;
 mod patches;
+mod path;
 pub mod platform;
 pub mod shadow_descriptors;
 pub mod shadow_pages;

@@ -61,6 +61,13 @@ impl Vcpu {
         loop {
             let context = Context::of(&self.cpu);
             self.tlb.set_context(context.privilege, context.number());
+            if let Some(recorder) = self.heat.take_wanted(self.cpu.rip, context.number()) {
+                self.record_path(recorder, context);
+                if self.must_look(word) {
+                    return;
+                }
+                continue;
+            }
             let quick = self
                 .tlb
                 .jump(context.privilege, context.number(), self.cpu.rip)
@@ -123,6 +130,11 @@ impl Vcpu {
             After::Step => self.step(),
             After::Turn(turn) => self.ended(turn),
         }
+        self.must_look(word)
+    }
+
+    /// Whether there is something for the run loop to do.
+    fn must_look(&self, word: &Attention) -> bool {
         word.pending()
             || self.undelivered.is_some()
             || self.surroundings.is_wanted(&self.cpu)
@@ -159,6 +171,7 @@ impl Vcpu {
                 }
                 Some(Site::Attention { rip }) => {
                     self.cpu.rip = rip;
+                    self.heat.note(rip, Context::of(&self.cpu).number());
                     After::Attention
                 }
                 None => After::Attention,

@@ -23,6 +23,7 @@ use crate::debug::{Resume, StopCause};
 use crate::fetch::Wanted;
 use crate::lockstep::difference::Difference;
 use crate::lockstep::{self, Lockstep};
+use crate::path::Heat;
 use crate::signals::{Signals, attention};
 use crate::statistics::VcpuStatistics;
 use crate::surroundings::Surroundings;
@@ -65,6 +66,8 @@ pub struct Vcpu {
     pub(crate) came_from: From,
     /// How often all derived code was dropped.
     pub(crate) code_drops: u64,
+    /// Where it spends its time.
+    pub(crate) heat: Heat,
     /// When it began to run, while it does.
     started: Option<Instant>,
     /// A debugger has breakpoints, steps or waits: instructions run singly.
@@ -121,6 +124,7 @@ impl Vcpu {
             statistics: VcpuStatistics::default(),
             came_from: From::default(),
             code_drops: 0,
+            heat: Heat::default(),
             started: None,
             debugging: false,
             stepping: false,

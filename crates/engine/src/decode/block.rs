@@ -15,7 +15,8 @@ pub const MAX_INSTRUCTIONS: usize = 48;
 /// The longest instruction in bytes (SDM vol. 2, 2.3.11).
 pub const MAX_INSTRUCTION_BYTES: usize = 15;
 
-/// A straight run of predecoded instructions.
+/// A straight run of predecoded instructions, or a *path*: such runs as they were executed one
+/// after the other, with the branches between them.
 #[derive(Debug)]
 pub struct Block {
     /// The first instruction's RIP (offset in the code segment).
@@ -27,6 +28,12 @@ pub struct Block {
 }
 
 impl Block {
+    /// Whether it goes on behind a branch.
+    pub fn is_path(&self) -> bool {
+        let but_last = self.ops.len().saturating_sub(1);
+        self.ops[..but_last].iter().any(Op::is_near_branch)
+    }
+
     /// Keeps only the first instruction.
     pub fn truncate_to_first(&mut self) {
         self.ops.retain(|op| !matches!(op.kind, OpKind::Run(_)));
@@ -133,6 +140,11 @@ pub fn decode(
         ops,
         len: len as u32,
     }))
+}
+
+/// Whether a path may go on behind the operation.
+pub fn may_be_followed(op: &Op) -> bool {
+    !op.ends_block() || op.is_near_branch() || goes_on_translated(op)
 }
 
 /// Whether the operation ends a block only for the sake of those who step.

@@ -175,6 +175,19 @@ impl Op {
         }
     }
 
+    /// Whether it is a near jump, call or return, conditional or not, but for LOOP and JCXZ.
+    pub fn is_near_branch(&self) -> bool {
+        matches!(
+            self.kind,
+            OpKind::Jump
+                | OpKind::JumpIf(_)
+                | OpKind::JumpIndirect
+                | OpKind::Call
+                | OpKind::CallIndirect
+                | OpKind::Return(_)
+        )
+    }
+
     /// Whether a block ends behind this operation.
     pub fn ends_block(&self) -> bool {
         match self.kind {

@@ -1,6 +1,7 @@
 //! What a thunk must know about an instruction: whether it may run natively, and what state it
 //! touches.
 
+use super::host::logic_clears_adjust;
 use iced_x86::{
     Code, CodeSize, CpuidFeature, FlowControl, Instruction, InstructionInfoFactory, Mnemonic,
     OpAccess, OpCodeOperandKind, OpKind, Register, RflagsBits,
@@ -226,6 +227,13 @@ impl Form {
                     | instruction.rflags_cleared();
                 self.flags_determined =
                     status(determined) & !status(instruction.rflags_undefined());
+                let logic = matches!(
+                    instruction.mnemonic(),
+                    Mnemonic::And | Mnemonic::Or | Mnemonic::Xor | Mnemonic::Test
+                );
+                if logic && logic_clears_adjust() {
+                    self.flags_determined |= 0x10;
+                }
             }
             self.flags_in |= STATUS & !self.flags_determined;
         }

@@ -87,8 +87,9 @@ impl Emitter<'_> {
                 accesses: [operand, push.accesses[1]],
                 ..push
             },
-            OpKind::Return(_) => Effect {
+            OpKind::Return(extra) => Effect {
                 accesses: [None, Some(access(GUEST_RSP, 0, 8, false))],
+                adjusted: Some((GUEST_RSP, 8 + i32::from(extra))),
                 ..Effect::default()
             },
             OpKind::Pop => {
@@ -129,25 +130,13 @@ impl Emitter<'_> {
                 self.push_constant(op.instruction.next_ip());
                 self.go_to(op.target);
             }
-            OpKind::JumpIndirect => {
+            OpKind::JumpIndirect | OpKind::CallIndirect => {
                 self.load_operand(op);
-                let found = self.find_target(StackEffect::None);
-                self.asm.jump_mem(found);
+                self.dispatch(op);
             }
-            OpKind::CallIndirect => {
-                self.load_operand(op);
-                let found = self.find_target(StackEffect::Push(op.instruction.next_ip()));
-                self.asm.load(COUNT, found);
-                self.asm.store(Mem::field(field::TARGET), COUNT);
-                self.push_constant(op.instruction.next_ip());
-                self.asm.jump_mem(Mem::field(field::TARGET));
-            }
-            OpKind::Return(extra) => {
-                let at = self.locate(1, self.stack(0, false));
-                self.asm.load(ADDRESS, Mem::base(ADDRESS, at));
-                let found = self.find_target(StackEffect::Pop(8 + u32::from(extra)));
-                self.asm.lea(STACK, Mem::base(STACK, 8 + i32::from(extra)));
-                self.asm.jump_mem(found);
+            OpKind::Return(_) => {
+                self.load_return_address();
+                self.dispatch(op);
             }
             OpKind::Push => self.push(op),
             OpKind::Pop => self.pop(op),
@@ -232,8 +221,25 @@ impl Emitter<'_> {
         }
     }
 
+    /// Loads what RSP points to into ADDRESS.
+    pub(super) fn load_return_address(&mut self) {
+        let at = self.locate(1, self.stack(0, false));
+        self.asm.load(ADDRESS, Mem::base(ADDRESS, at));
+        self.address_holds = None;
+    }
+
+    /// Calls the target in ADDRESS.
+    pub(super) fn call_found(&mut self, op: &Op) {
+        let next = op.instruction.next_ip();
+        let found = self.find_target(StackEffect::Push(next));
+        self.asm.load(COUNT, found);
+        self.asm.store(Mem::field(field::TARGET), COUNT);
+        self.push_constant(next);
+        self.asm.jump_mem(Mem::field(field::TARGET));
+    }
+
     /// Loads the 64-bit operand into ADDRESS.
-    fn load_operand(&mut self, op: &Op) {
+    pub(super) fn load_operand(&mut self, op: &Op) {
         if let Some(register) = RegOperand::new(op.instruction.op0_register()) {
             self.address_holds = None;
             self.load_guest(ADDRESS, usize::from(register.index));

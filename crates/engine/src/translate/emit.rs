@@ -78,6 +78,8 @@ pub(super) enum Deferred {
     Leave { label: Label, site: usize },
     /// A taken branch to another page.
     Jump { label: Label, target: u64 },
+    /// An indirect branch that does not go where its path goes on.
+    Dispatch { label: Label, operation: usize },
 }
 
 /// What an operation becomes, decided before anything is emitted.
@@ -101,7 +103,7 @@ pub(super) struct Emitted {
     /// Offset of the entry that does not poll.
     pub entry: usize,
     /// For each piece of code the instruction that it belongs to: offset in the code, and of the
-    /// instruction in the block; ascending.
+    /// instruction in the block (its number in a path); ascending.
     pub points: Vec<(u32, u16)>,
     pub sites: Vec<Site>,
     /// Operations that helpers execute.
@@ -123,6 +125,12 @@ pub(super) struct Emitter<'a> {
     unshared: bool,
     /// There were too few cells.
     full: bool,
+    pub unsupported: bool,
+    /// The linear pages that a path has looked at.
+    pub pages: Vec<u64>,
+    is_path: bool,
+    /// Where the bytes of the operation that is being treated stand in `guest`.
+    at: usize,
     pub encoder: &'a mut Encoder,
     pub deferred: Vec<Deferred>,
     /// The index of the operation being emitted.
@@ -188,6 +196,10 @@ pub(super) fn emit(
         address_holds: None,
         unshared: request.unshared,
         full: false,
+        unsupported: false,
+        pages: vec![block.rip >> 12],
+        is_path: block.is_path(),
+        at: 0,
         encoder,
         deferred: Vec::new(),
         operation: 0,
@@ -207,10 +219,17 @@ pub(super) fn emit(
     let mut open = true;
     for (n, (op, treatment)) in block.ops.iter().zip(treatments).enumerate() {
         emitter.operation = n;
+        // Where a path goes on.
+        let next = block.ops.get(n + 1).map(|next| next.instruction.ip());
+        let next = next.filter(|_| emitter.is_path);
         let goes_on = matches!(treatment, Treatment::Own) && op.kind == OpKind::System;
         let goes_on = goes_on || !leaves(op);
         emitter.point(n);
         match treatment {
+            Treatment::Own if next.is_some() && op.is_near_branch() => {
+                emitter.pass(op, next.unwrap_or_default());
+            }
+            _ if next.is_some() && !goes_on => return Err(ThunkError::Unsupported),
             Treatment::Plain(plan, look) => emitter.plain(op, &plan, look),
             Treatment::RunTime(plan, look) => {
                 emitter.fetch_immediate();
@@ -221,16 +240,18 @@ pub(super) fn emit(
             Treatment::RunTimeOwn => emitter.own_at_run_time(op),
         }
         open = goes_on;
+        if let Some(next) = next {
+            emitter.enter_page(next);
+        }
     }
-    let next = block.rip.wrapping_add(u64::from(block.len));
-    if open {
-        emitter.go_to(next);
+    if open && let Some(last) = block.ops.last() {
+        emitter.go_to(last.instruction.next_ip());
     }
     emitter.finish_deferred();
     if emitter.full {
         return Err(ThunkError::Full);
     }
-    if !emitter.asm.finish() {
+    if emitter.unsupported || !emitter.asm.finish() {
         return Err(ThunkError::Unsupported);
     }
     Ok(Emitted {
@@ -288,6 +309,7 @@ impl Emitter<'_> {
         for op in &self.block.ops {
             self.operation = treatments.len();
             let form = Form::of(&op.instruction, factory);
+            let len = usize::from(op.len);
             let treatment = match self.run_time {
                 // Only what can be read at run time is asked for.
                 Some(_) => self
@@ -295,6 +317,7 @@ impl Emitter<'_> {
                     .ok_or(ThunkError::Unsupported)?,
                 None => self.treatment(op, form.as_ref()),
             };
+            self.at += len;
             on_groups.push(self.effect(op, form.as_ref(), &treatment));
             effects.push(match (&treatment, &form) {
                 (Treatment::Assist, _) => (STATUS, 0),
@@ -309,7 +332,12 @@ impl Emitter<'_> {
         }
         let mut live = STATUS;
         self.live = vec![0; effects.len()];
+        let page = |n: usize| self.block.ops.get(n).map(|op| op.instruction.ip() >> 12);
         for (n, (read, determined)) in effects.into_iter().enumerate().rev() {
+            if page(n + 1) != page(n) {
+                // A path may end here.
+                live = STATUS;
+            }
             live = live & !determined | read;
             self.live[n] = live;
         }
@@ -414,8 +442,7 @@ impl Emitter<'_> {
             return None;
         }
         let look = self.operand_look(op, form)?;
-        let at = op.instruction.ip().wrapping_sub(self.block.rip) as usize;
-        let original = self.guest.get(at..at + usize::from(op.len));
+        let original = self.guest.get(self.at..self.at + usize::from(op.len));
         let plan = Plan::of(form, &op.instruction, original, 0, self.encoder)?;
         Some(Treatment::Plain(Box::new(plan), look))
     }
@@ -448,11 +475,10 @@ impl Emitter<'_> {
 
     /// The code from here on belongs to operation `n`.
     fn point(&mut self, n: usize) {
-        let offset = self
-            .block
-            .ops
-            .get(n)
-            .map_or(0, |op| op.instruction.ip().wrapping_sub(self.block.rip));
+        let op = self.block.ops.get(n).filter(|_| !self.is_path);
+        let offset = op.map_or(n as u64, |op| {
+            op.instruction.ip().wrapping_sub(self.block.rip)
+        });
         self.points.push((self.asm.here() as u32, offset as u16));
     }
 
@@ -544,7 +570,8 @@ impl Emitter<'_> {
             .rip
             .wrapping_add(u64::from(self.block.len.max(1)) - 1)
             >> 12;
-        first == last && target >> 12 == first
+        // A path looks at its other pages by itself.
+        (first == last || self.is_path) && target >> 12 == first
     }
 
     /// A label of an unlinked branch to `target` on this page; [`Self::linked`] tells where the
@@ -568,7 +595,13 @@ impl Emitter<'_> {
     }
 
     /// Goes on with the current operation, in the translation that shares no look-ups.
+    ///
+    /// In a path, code on another page goes on in whatever is there.
     pub(super) fn go_on_unshared(&mut self) {
+        if !self.same_page(self.rip()) {
+            self.jump_through_cell(self.context, self.rip());
+            return;
+        }
         let site = self.sites.len();
         let label = self.leave(Site::Link {
             patch: 0,
@@ -629,6 +662,17 @@ impl Emitter<'_> {
         // An empty cell leads to the way out, which takes the site's number in RCX.
         self.asm.mov_immediate(COUNT, number as u64);
         self.asm.jump_mem(Mem::field(jump_cell(cell)));
+    }
+
+    /// The cell for jumps to `target`, and the host address that it holds now, if any.
+    pub(super) fn cell(&mut self, target: u64) -> Option<(u32, Option<u64>)> {
+        let leave = self.stubs.leave;
+        let Some(cell) = self.tlb.jump_cell(self.context.number(), target, leave) else {
+            self.full = true;
+            return None;
+        };
+        let host = self.tlb.frame().get(jump_cell(cell));
+        Some((cell, Some(host).filter(|&host| host != leave)))
     }
 
     /// Finds the code for the guest address in ADDRESS: gives where its host address
@@ -700,6 +744,16 @@ impl Emitter<'_> {
                     let number = self.first_site + site;
                     self.asm.mov_immediate(COUNT, number as u64);
                     self.asm.jump_address(self.stubs.leave);
+                }
+                Deferred::Dispatch { label, operation } => {
+                    self.operation = operation;
+                    self.point(operation);
+                    self.address_holds = None;
+                    self.asm.bind(label);
+                    let block = self.block;
+                    if let Some(op) = block.ops.get(operation) {
+                        self.dispatch(op);
+                    }
                 }
                 Deferred::Jump { label, target } => {
                     self.asm.bind(label);

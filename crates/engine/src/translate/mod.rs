@@ -16,7 +16,7 @@
 //! time, the block goes on in an unshared translation of its own.
 //!
 //! Every block begins with a poll of the VCPU's attention word; forward branches within a page
-//! skip it.
+//! skip it. Code that is executed often becomes a path over several blocks ([`path`]).
 
 mod assembler;
 mod control;
@@ -24,6 +24,7 @@ mod emit;
 mod immediate;
 mod liveness;
 mod memory;
+mod path;
 mod plain;
 mod registers;
 mod run;
@@ -131,6 +132,8 @@ struct Translated {
     entry: u32,
     end: u32,
     points: Box<[(u32, u16)]>,
+    /// In a path: where its instructions are, to which `points` give numbers instead of offsets.
+    path: Option<Box<[u64]>>,
     /// Sites that were linked to it.
     incoming: Vec<u32>,
 }
@@ -139,7 +142,7 @@ struct Translated {
 #[derive(Clone, Copy)]
 pub struct Source<'a> {
     pub block: &'a Block,
-    /// The bytes that it was decoded from.
+    /// The bytes that its operations were decoded from, one behind the other.
     pub guest: &'a [u8],
     pub context: Context,
     /// The number of the guest-physical page that they lie on.
@@ -268,6 +271,9 @@ impl Translator {
             entry: offset + emitted.entry as u32,
             end: offset + emitted.bytes.len() as u32,
             points: emitted.points.into_boxed_slice(),
+            path: block
+                .is_path()
+                .then(|| block.ops.iter().map(|op| op.instruction.ip()).collect()),
             incoming: Vec::new(),
         });
         Ok(BlockId(self.blocks.len() as u32 - 1))
@@ -296,6 +302,11 @@ impl Translator {
     pub fn address(&self, block: BlockId) -> Option<u64> {
         let block = self.blocks.get(block.0 as usize)?;
         Some(self.arena.start() + u64::from(block.start))
+    }
+
+    /// What a cell holds that leads nowhere ([`Tlb::jump_cell`]).
+    pub fn way_out(&self) -> u64 {
+        self.stubs.leave
     }
 
     /// Bytes of host code of a block.
@@ -365,7 +376,10 @@ impl Translator {
         let within = offset - block.start;
         let after = block.points.partition_point(|&(at, _)| at <= within);
         let &(_, instruction) = block.points.get(after.checked_sub(1)?)?;
-        Some(block.rip.wrapping_add(u64::from(instruction)))
+        match &block.path {
+            Some(path) => path.get(usize::from(instruction)).copied(),
+            None => Some(block.rip.wrapping_add(u64::from(instruction))),
+        }
     }
 
     /// Discards all translations. No code may be running, and nobody may keep a block, a site or

@@ -31,6 +31,7 @@ use trapline_x86::{CpuState, Exception, Mode};
 use crate::fetch::Wanted;
 use crate::lockstep::difference::{Difference, STATUS, same};
 use crate::lockstep::rehearsal::MemoryDifference;
+use crate::path::{Progress, Recorder};
 use crate::statistics::LockstepStatistics;
 use crate::translated::{After, From};
 use crate::vcpu::Vcpu;
@@ -51,6 +52,8 @@ pub(crate) struct Lockstep {
     before: Box<CpuState>,
     translated: Box<CpuState>,
     instructions: Vec<Instruction>,
+    /// The path that is being recorded.
+    recorder: Option<Recorder>,
     pub statistics: LockstepStatistics,
     pub difference: Option<Arc<Difference>>,
 }
@@ -61,6 +64,7 @@ impl Default for Lockstep {
             before: Box::new(CpuState::reset()),
             translated: Box::new(CpuState::reset()),
             instructions: Vec::new(),
+            recorder: None,
             statistics: LockstepStatistics::default(),
             difference: None,
         }
@@ -72,7 +76,8 @@ impl Default for Lockstep {
 enum End {
     /// Between two blocks.
     Block,
-    /// At a poll: flags that the block there does not need may be lost.
+    /// At a poll, or on the way to another translation of the same code: flags that the block
+    /// there does not need may be lost.
     Poll,
     /// Before an instruction that it could not execute.
     Before,
@@ -108,6 +113,9 @@ impl Vcpu {
         let Some(mut lockstep) = self.lockstep.take() else {
             return;
         };
+        if let Some(recorder) = self.heat.take_wanted(self.cpu.rip, context.number()) {
+            lockstep.recorder = Some(recorder);
+        }
         lockstep.before.clone_from(&self.cpu);
         self.surroundings
             .rehearse(|trial| trial.begin(&mut self.tlb));
@@ -118,8 +126,10 @@ impl Vcpu {
         let left = unsafe { run(&mut core, entry) };
         let fault = matches!(left, Left::Step { fault: true, .. });
         let end = match self.after(left) {
-            // The same code goes on in another form.
-            After::GoOn if matches!(self.came_from, From::Link(_, _, true)) => End::Poll,
+            // The same code goes on in another form, in a path perhaps through a cell.
+            After::GoOn if matches!(self.came_from, From::Link(_, _, true) | From::Cell(_)) => {
+                End::Poll
+            }
             After::GoOn => End::Block,
             After::Attention => End::Poll,
             After::Step if fault => End::Fault,
@@ -134,6 +144,10 @@ impl Vcpu {
             .rehearse(|trial| trial.again(&mut self.tlb));
         let met = self.follow(&mut lockstep, end);
         self.surroundings.rehearse(|trial| trial.end());
+        let recorder = lockstep.recorder.take();
+        if met && let Some(recorder) = recorder {
+            lockstep.recorder = self.note_piece(recorder, &lockstep.instructions, context);
+        }
         let stop = lockstep.difference.is_some();
         self.lockstep = Some(lockstep);
         if stop {
@@ -144,6 +158,24 @@ impl Vcpu {
             (true, End::Before | End::Fault) | (false, _) => self.step_alone(),
             _ => {}
         }
+    }
+
+    /// Notes the instructions that were stepped; the recorder, if the path goes on behind them.
+    fn note_piece(
+        &mut self,
+        mut recorder: Recorder,
+        instructions: &[Instruction],
+        context: Context,
+    ) -> Option<Recorder> {
+        let following = instructions.iter().skip(1).map(Instruction::ip);
+        let following: Vec<u64> = following.chain([self.cpu.rip]).collect();
+        for (instruction, next) in instructions.iter().zip(following) {
+            let progress = self.note_path(&mut recorder, instruction, next, context);
+            if progress != Progress::GoesOn {
+                return None;
+            }
+        }
+        (Context::of(&self.cpu) == context).then_some(recorder)
     }
 
     fn fetch_failed(&mut self, fault: Fault) {
