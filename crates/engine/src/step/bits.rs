@@ -61,7 +61,7 @@ pub fn xlat<E: Environment>(core: &mut Core<'_, E>, i: &Instruction) -> Executed
         .gpr(Gpr::Rbx)
         .wrapping_add(core.cpu.gpr(Gpr::Rax) & 0xff)
         & mask;
-    let segment = address::segment_register(i.memory_segment());
+    let segment = address::memory_segment(core.cpu, i);
     let linear = address::linear_for(core, segment, offset, 1, Access::Read)?;
     let value = core.read::<1>(linear, Privilege::of_data(core.cpu))?;
     address::set_register(core.cpu, Register::AL, value);
@@ -130,4 +130,38 @@ pub fn legacy(cpu: &mut CpuState, i: &Instruction) -> Executed {
         }
     }
     Ok(Flow::Next)
+}
+
+#[cfg(test)]
+mod tests {
+    use iced_x86::{Decoder, DecoderOptions};
+    use trapline_x86::{Segment, SegmentRegister};
+
+    use super::*;
+    use crate::step::tests_support::{Rig, raises};
+
+    #[test]
+    fn xlat_knows_a_stack_segment_outside_64_bit_mode_only() {
+        // xlat ss:[rbx], with a REX prefix that does not count
+        let bytes = [0x48, 0x36, 0xd7];
+        let mut rig = Rig::long();
+        rig.cpu.set_gpr(Gpr::Rbx, 1 << 54);
+        let xlat = |rig: &mut Rig, bytes: &[u8]| {
+            let bits = rig.cpu.mode().bits();
+            let i = Decoder::with_ip(bits, bytes, rig.cpu.rip, DecoderOptions::NONE).decode();
+            super::xlat(&mut rig.core(), &i)
+        };
+        let refused = raises(Exception::general_protection(0));
+        assert_eq!(xlat(&mut rig, &bytes), refused);
+
+        let mut rig = Rig::protected();
+        rig.cpu.set_gpr(Gpr::Rbx, 0x6000);
+        rig.cpu.seg[SegmentRegister::Ss as usize] = Segment {
+            limit: 0x5fff,
+            ..*rig.cpu.segment(SegmentRegister::Ss)
+        };
+        let refused = raises(Exception::stack_fault(0));
+        assert_eq!(xlat(&mut rig, &bytes[1..]), refused);
+        assert_eq!(xlat(&mut rig, &bytes[2..]), Ok(Flow::Next));
+    }
 }
