@@ -10,6 +10,7 @@ use std::io::{Read, Write};
 use std::mem::offset_of;
 use std::os::fd::{FromRawFd, RawFd};
 use std::ptr;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use trapline_x86::vector::{VectorState, X87};
 
@@ -18,9 +19,9 @@ use crate::case::{CODE, Case, DATA, Data, NO_FAULT, Outcome, Registers};
 /// Cases handed over at a time.
 pub const BATCH: usize = 256;
 
-/// Where the child keeps [`Control`]; reached by 32-bit absolute addresses, but hardly by those of
-/// random code.
-const CONTROL: usize = 0x6bd3_7000;
+/// Where the child keeps [`Control`]: out of reach for 32-bit addresses, so random code hardly finds
+/// it.
+const CONTROL: usize = 0x2bd3_7159_6000;
 
 /// Linux's selectors for user code and data.
 pub const CODE_32_SELECTOR: u16 = 0x23;
@@ -38,14 +39,23 @@ struct Control {
     input: Registers,
     output: Registers,
     host_rsp: u64,
-    /// A far pointer to the instruction: offset and selector.
-    code: u32,
-    selector: u32,
     /// 0: XMM, 1: YMM, 2: ZMM and opmask registers.
     width: u32,
     mxcsr: u32,
     fault: u32,
 }
+
+/// A far pointer to the instruction.
+#[repr(C)]
+struct Target {
+    offset: AtomicU32,
+    selector: AtomicU32,
+}
+
+static TARGET: Target = Target {
+    offset: AtomicU32::new(0),
+    selector: AtomicU32::new(0),
+};
 
 const OUTPUT: usize = offset_of!(Control, output);
 const VECTOR: usize = offset_of!(Registers, vector);
@@ -61,6 +71,8 @@ global_asm!(
     "\\instruction [rax + {zmm} + 64 * \\i], \\name\\i",
     ".endr",
     ".endm",
+    ".globl native_reference_enter, native_reference_exit",
+    ".hidden native_reference_enter, native_reference_exit",
     "native_reference_enter:",
     "push rbx",
     "push rbp",
@@ -68,7 +80,7 @@ global_asm!(
     "push r13",
     "push r14",
     "push r15",
-    "mov eax, {control}",
+    "movabs rax, {control}",
     "mov [rax + {host_rsp}], rsp",
     "fxrstor64 [rax + {x87}]",
     "cmp dword ptr [rax + {width}], 1",
@@ -104,12 +116,12 @@ global_asm!(
     "mov r14, [rax + 112]",
     "mov r15, [rax + 120]",
     "mov rax, [rax]",
-    // jmp far [code]
-    ".byte 0xff, 0x2c, 0x25",
-    ".long {control} + {code}",
+    // jmp far [rip + target]
+    ".byte 0xff, 0x2d",
+    ".long {target} - . - 4",
     "native_reference_exit:",
-    "mov [{control} + {output}], rax",
-    "mov eax, {control} + {output}",
+    "movabs [{control} + {output}], rax",
+    "movabs rax, {control} + {output}",
     "mov [rax + 8], rcx",
     "mov [rax + 16], rdx",
     "mov [rax + 24], rbx",
@@ -125,13 +137,13 @@ global_asm!(
     "mov [rax + 104], r13",
     "mov [rax + 112], r14",
     "mov [rax + 120], r15",
-    "mov rsp, [{control} + {host_rsp}]",
+    "mov rsp, [rax + {host_rsp} - {output}]",
     "pushfq",
     "pop qword ptr [rax + {rflags}]",
     "push 2",
     "popfq",
     "stmxcsr [rax + {guest_mxcsr}]",
-    "cmp dword ptr [{control} + {width}], 1",
+    "cmp dword ptr [rax + {width} - {output}], 1",
     "jb 1f",
     "je 2f",
     "vectors_store vmovaps, zmm",
@@ -149,7 +161,7 @@ global_asm!(
     "vzeroupper",
     "3: fxsave64 [rax + {x87}]",
     "fninit",
-    "ldmxcsr [{control} + {mxcsr}]",
+    "ldmxcsr [rax + {mxcsr} - {output}]",
     "pop r15",
     "pop r14",
     "pop r13",
@@ -160,7 +172,7 @@ global_asm!(
     control = const CONTROL,
     output = const OUTPUT,
     host_rsp = const offset_of!(Control, host_rsp),
-    code = const offset_of!(Control, code),
+    target = sym TARGET,
     width = const offset_of!(Control, width),
     mxcsr = const offset_of!(Control, mxcsr),
     rflags = const offset_of!(Registers, rflags),
@@ -416,8 +428,8 @@ pub unsafe fn enter(before: &Registers, ip: u32, selector: u16) -> Registers {
     let control = CONTROL as *mut Control;
     // SAFETY: mapped by `set_up_control`.
     unsafe {
-        (*control).code = ip;
-        (*control).selector = selector.into();
+        TARGET.offset.store(ip, Ordering::Relaxed);
+        TARGET.selector.store(selector.into(), Ordering::Relaxed);
         ptr::copy_nonoverlapping(before, &raw mut (*control).input, 1);
         // Whatever is narrower than its field keeps the rest.
         ptr::copy_nonoverlapping(before, &raw mut (*control).output, 1);
@@ -560,7 +572,7 @@ extern "C" fn on_fault(_: c_int, _: *mut libc::siginfo_t, context: *mut c_void) 
         let registers = &mut (*context.cast::<libc::ucontext_t>()).uc_mcontext.gregs;
         let rip = registers[libc::REG_RIP as usize] as u64;
         let vector = registers[libc::REG_TRAPNO as usize] as u32;
-        if rip != u64::from((*(CONTROL as *const Control)).code) {
+        if rip != u64::from(TARGET.offset.load(Ordering::Relaxed)) {
             // Not the instruction: this test is wrong.
             libc::_exit(1);
         }
