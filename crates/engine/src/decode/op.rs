@@ -432,6 +432,7 @@ fn kind_of(i: &Instruction, mode: Mode, factory: &mut InstructionInfoFactory) ->
 /// Whether a mask says which elements of the memory operand are accessed at all.
 fn is_masked(i: &Instruction) -> bool {
     (i.op_mask() != Register::None && !accesses_all(i))
+        || is_compress(i) && i.op0_kind() == Operand::Memory
         || matches!(
             i.mnemonic(),
             Mnemonic::Vmaskmovps
@@ -439,6 +440,20 @@ fn is_masked(i: &Instruction) -> bool {
                 | Mnemonic::Vpmaskmovd
                 | Mnemonic::Vpmaskmovq
         )
+}
+
+/// Whether the instruction stores selected elements side by side: one by one, also without a mask.
+pub fn is_compress(i: &Instruction) -> bool {
+    use Mnemonic as M;
+    matches!(
+        i.mnemonic(),
+        M::Vpcompressb
+            | M::Vpcompressw
+            | M::Vpcompressd
+            | M::Vpcompressq
+            | M::Vcompressps
+            | M::Vcompresspd
+    )
 }
 
 /// Whether the instruction accesses its whole memory operand whatever its mask says: its elements

@@ -161,6 +161,7 @@ fn input_one<E: Environment>(
     let offset = core.cpu.gpr(Gpr::Rdi) & mask(bits);
     let linear = address::linear_for(core, SegmentRegister::Es, offset, size, Access::Write)?;
     let privilege = Privilege::of_data(core.cpu);
+    core.check_alignment(linear, size, privilege)?;
     // The port is read only when the value has somewhere to go: reading may have an effect.
     core.probe_write(linear, size, privilege)?;
     let value = core.env.port_read(port, size as u8);

@@ -229,6 +229,7 @@ fn store_table<E: Environment>(core: &mut Core<'_, E>, instr: &Instruction) -> E
     bytes[..2].copy_from_slice(&table.limit.to_le_bytes());
     bytes[2..].copy_from_slice(&table.base.to_le_bytes());
     let linear = address::linear(core, instr, len, Access::Write)?;
+    core.check_alignment(linear, 4, Privilege::of_data(core.cpu))?;
     core.write_bytes(linear, &bytes[..len], Privilege::of_data(core.cpu))?;
     Ok(Flow::Next)
 }

@@ -1,6 +1,6 @@
 //! Segment loads, descriptor tables and far transfers.
 
-use trapline_x86::control::{cr4, rflags};
+use trapline_x86::control::{cr0, cr4, rflags};
 use trapline_x86::segment::{Rights, TableRegister};
 use trapline_x86::state::InterruptShadow;
 use trapline_x86::{Exception, Gpr, Mode, Segment, SegmentRegister};
@@ -353,6 +353,24 @@ fn call_gates_of_long_mode() {
     assert_eq!([0, 8, 16, 24].map(|at| rig.read64(rsp + at)), expected);
     assert_eq!(rig.run(&[0x48, 0xcb]), Ok(Flow::Jump));
     assert_eq!((rig.cpu.rip, rig.rsp(), rig.cpu.cpl), (CODE + 2, STACK, 3));
+}
+
+#[test]
+fn each_value_of_a_frame_is_aligned_by_itself() {
+    for (stack, aligned) in [(STACK, true), (STACK - 4, true), (STACK - 2, false)] {
+        let mut rig = Rig::protected();
+        rig.set_level(3);
+        rig.cpu.cr0 |= cr0::AM;
+        rig.cpu.rflags |= rflags::AC;
+        rig.cpu.set_gpr(Gpr::Rsp, stack);
+        let result = match aligned {
+            true => Ok(Flow::Jump),
+            false => raises(Exception::alignment_check()),
+        };
+        let selector = USER_CS.to_le_bytes();
+        let call = [0x9a, 0, 0x90, 0, 0, selector[0], selector[1]];
+        assert_eq!(rig.run(&call), result, "{stack:#x}");
+    }
 }
 
 #[test]

@@ -155,6 +155,7 @@ impl Stack {
             for (i, value) in values.iter().rev().enumerate() {
                 bytes[i * size..][..size].copy_from_slice(&value.to_le_bytes()[..size]);
             }
+            core.check_alignment(linear, size, self.privilege)?;
             if let Err(fault) = core.write_bytes(linear, &bytes[..len], self.privilege) {
                 // The value pushed first is the one that faults.
                 if matches!(fault, Fault::Exception(e) if e.cr2.is_some()) {
@@ -172,6 +173,7 @@ impl Stack {
         let element = |i: usize| (self.pointer & wrap).wrapping_sub((size * (i + 1)) as u64) & wrap;
         for i in 0..values.len() {
             let linear = self.linear(element(i), size, true)?;
+            core.check_alignment(linear, size, self.privilege)?;
             core.probe_write(linear, size, self.privilege)?;
         }
         for (i, value) in values.iter().enumerate() {

@@ -65,6 +65,7 @@ pub fn push<E: Environment>(core: &mut Core<'_, E>, bytes: usize, value: u64) ->
 /// Raises what a push of `bytes` would.
 pub fn probe_push<E: Environment>(core: &mut Core<'_, E>, bytes: usize) -> Result<(), Fault> {
     let linear = linear_at(core, (bytes as u64).wrapping_neg(), bytes, Access::Write)?;
+    core.check_alignment(linear, bytes, Privilege::of_data(core.cpu))?;
     core.probe_write(linear, bytes, Privilege::of_data(core.cpu))
 }
 
@@ -163,6 +164,7 @@ fn enter<E: Environment>(core: &mut Core<'_, E>, i: &Instruction) -> Executed {
         add_to_pointer(core.cpu, size.wrapping_neg());
         // The new frame must be writable (SDM vol. 2, "ENTER").
         let linear = linear_at(core, 0, bytes, Access::Write)?;
+        core.check_alignment(linear, bytes, Privilege::of_data(core.cpu))?;
         core.probe_write(linear, bytes, Privilege::of_data(core.cpu))?;
         Ok(frame)
     })();

@@ -20,6 +20,8 @@ use crate::tlb::{Access, Privilege};
 /// XCOMP_BV: the area has the compacted form.
 const COMPACTED: u64 = 1 << 63;
 const HEADER_AT: usize = image::LEGACY;
+/// What FXSAVE and FXRSTOR ask of their operand's address; the others ask for 64 bytes.
+const FXSAVE_ALIGN: u64 = 16;
 
 /// Whether x87 instructions may run.
 ///
@@ -125,6 +127,10 @@ impl Area {
         access: Access,
     ) -> Result<Self, Fault> {
         let linear = address::linear(core, instr, len, access)?;
+        if align == FXSAVE_ALIGN {
+            // Of what FXSAVE and FXRSTOR ask, alignment checking takes the words (measured).
+            core.check_alignment(linear, 4, Privilege::of_data(core.cpu))?;
+        }
         if linear & (align - 1) != 0 {
             return Err(Exception::general_protection(0).into());
         }
@@ -185,7 +191,7 @@ impl Area {
 
 fn fxsave<E: Environment>(core: &mut Core<'_, E>, instr: &Instruction) -> Executed {
     check_x87(core.cpu)?;
-    let mut area = Area::new(core, instr, image::LEGACY, 16, Access::Write)?;
+    let mut area = Area::new(core, instr, image::LEGACY, FXSAVE_ALIGN, Access::Write)?;
     let long = core.cpu.mode() == Mode::Long64;
     let v = &core.cpu.vector;
     image::store_x87(v, &mut area.bytes[..], is_wide(instr));
@@ -198,7 +204,7 @@ fn fxsave<E: Environment>(core: &mut Core<'_, E>, instr: &Instruction) -> Execut
 
 fn fxrstor<E: Environment>(core: &mut Core<'_, E>, instr: &Instruction) -> Executed {
     check_x87(core.cpu)?;
-    let mut area = Area::new(core, instr, image::LEGACY, 16, Access::Read)?;
+    let mut area = Area::new(core, instr, image::LEGACY, FXSAVE_ALIGN, Access::Read)?;
     area.read(core, 0, image::LEGACY_WRITTEN)?;
     let mxcsr = checked_mxcsr(&area)?;
     let long = core.cpu.mode() == Mode::Long64;

@@ -93,6 +93,32 @@ fn fxrstor_checks_alignment_and_mxcsr() {
     assert_eq!(rig.run(FXRSTOR64), NM);
 }
 
+/// At CPL 3 with alignment checked.
+fn check_alignment(rig: &mut Rig) {
+    rig.set_level(3);
+    rig.cpu.cr0 |= cr0::AM;
+    rig.cpu.rflags |= rflags::AC;
+}
+
+#[test]
+fn alignment_checking_of_save_areas_takes_their_words() {
+    const AC: crate::step::Executed = raises(Exception::alignment_check());
+    for (at, result) in [(2, AC), (4, GP), (8, GP), (16, Ok(Flow::Next))] {
+        let mut rig = filled();
+        check_alignment(&mut rig);
+        rig.cpu.set_gpr(Gpr::Rbx, AREA + at);
+        assert_eq!(rig.run(FXSAVE64), result, "at {at}");
+        assert_eq!(rig.run(FXRSTOR64), result, "at {at}");
+        rig.set_level(0);
+        let result = if at == 16 { Ok(Flow::Next) } else { GP };
+        assert_eq!(rig.run(FXSAVE64), result, "at {at}");
+    }
+    let mut rig = filled();
+    check_alignment(&mut rig);
+    rig.cpu.set_gpr(Gpr::Rbx, AREA + 2);
+    assert_eq!(rig.run(XSAVE64), GP);
+}
+
 #[test]
 fn xsave_round_trips_in_every_form() {
     for save in [XSAVE64, XSAVEOPT64, XSAVEC64] {

@@ -22,6 +22,8 @@ pub const PAGE: usize = 4096;
 pub const CODE_BYTES: usize = 112;
 /// The direction flag, which is compared as well.
 pub const DIRECTION: u64 = 0x400;
+/// Has misaligned accesses raise #AC.
+pub const ALIGNMENT_CHECK: u64 = 1 << 18;
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Page {
@@ -158,9 +160,9 @@ fn undefined_flags(run: &Run) -> u64 {
 /// MXCSR.MM.
 const MISALIGNED_MASK: u32 = 1 << 17;
 
-/// #SS, #GP or #PF.
+/// #SS, #GP, #PF or #AC.
 fn faulty(vector: u32) -> bool {
-    matches!(vector, 12..=14)
+    matches!(vector, 12..=14 | 17)
 }
 
 fn contains(run: &Run, is: impl Fn(Mnemonic) -> bool) -> bool {

@@ -199,7 +199,7 @@ static ATTENTION: AtomicU32 = AtomicU32::new(1);
 impl Engine {
     pub fn new(how: How) -> Self {
         let mut cpu = CpuState::reset();
-        cpu.cr0 = cr0::PE | cr0::MP | cr0::ET | cr0::NE | cr0::WP | cr0::PG;
+        cpu.cr0 = cr0::PE | cr0::MP | cr0::ET | cr0::NE | cr0::WP | cr0::AM | cr0::PG;
         cpu.cr4 = cr4::PAE | cr4::OSFXSR | cr4::OSXMMEXCPT | cr4::OSXSAVE;
         cpu.efer = efer::LME | efer::LMA | efer::SCE;
         cpu.xcr0 = 0xe7;

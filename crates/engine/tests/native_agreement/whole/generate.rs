@@ -6,7 +6,9 @@ use iced_x86::{
 };
 use trapline_engine::decode::features::Features;
 
-use super::case::{CODE_16, CODE_BYTES, Case, DATA, PAGE, PAGES, Run, data_base};
+use super::case::{
+    ALIGNMENT_CHECK, CODE_16, CODE_BYTES, Case, DATA, DIRECTION, PAGE, PAGES, Run, data_base,
+};
 use super::engine::features;
 use crate::case::Registers;
 use crate::generate::{Generator as Single, floats, number};
@@ -16,6 +18,8 @@ pub struct Generator {
     single: Single,
     features: Features,
     bits: u32,
+    /// Some cases check alignment.
+    checks_alignment: bool,
     case: Case,
 }
 
@@ -104,11 +108,12 @@ const RARE: &[&[u8]] = &[
 ];
 
 impl Generator {
-    pub fn new(seed: u64, bits: u32) -> Self {
+    pub fn new(seed: u64, bits: u32, checks_alignment: bool) -> Self {
         Self {
             single: Single::new(seed ^ 0x5eed, bits),
             features: features(),
             bits,
+            checks_alignment,
             case: Case {
                 bits,
                 ..Case::default()
@@ -237,7 +242,10 @@ impl Generator {
         case.segment = random.below(CODE_16.len()) as u32;
         case.registers.clone_from(&self.single.world.registers);
         if random.one_in(6) {
-            case.registers.rflags |= 0x400;
+            case.registers.rflags |= DIRECTION;
+        }
+        if self.checks_alignment && random.one_in(8) {
+            case.registers.rflags |= ALIGNMENT_CHECK;
         }
         for register in 0..16 {
             if random.one_in(2) {

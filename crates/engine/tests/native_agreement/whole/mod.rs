@@ -23,9 +23,10 @@ use processor::{BATCH, Processor};
 pub fn compare(bits: u32, how: How) {
     let (count, seed) = (crate::count(), crate::seed());
     println!("TRAPLINE_RANDOM_SEED={seed:#x} TRAPLINE_RANDOM_INSTRUCTIONS={count}");
-    let mut generator = Generator::new(seed, bits);
-    let mut processor = Processor::start();
     let mut engine = Engine::new(how);
+    // Code that checks alignment is never translated.
+    let mut generator = Generator::new(seed, bits, !engine.translates());
+    let mut processor = Processor::start();
     let mut outcome = Outcome::default();
     let (mut done, mut cases, mut instructions) = (0, 0, 0);
     let mut vectors: BTreeMap<u32, u64> = BTreeMap::new();

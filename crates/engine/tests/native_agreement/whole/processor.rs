@@ -8,7 +8,8 @@ use std::ptr;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use super::case::{
-    ASTRAY, CODE, CODE_16, CODE_BYTES, Case, DATA, ERROR_BITS, Memory, Outcome, PAGE, PAGES, Page,
+    ALIGNMENT_CHECK, ASTRAY, CODE, CODE_16, CODE_BYTES, Case, DATA, ERROR_BITS, Memory, Outcome,
+    PAGE, PAGES, Page,
 };
 use crate::reference::{self, CODE_32_SELECTOR, CODE_64_SELECTOR, Child, DATA_SELECTOR};
 
@@ -170,6 +171,7 @@ unsafe fn execute(case: &Case, outcome: &mut Outcome, places: &Places) {
 }
 
 extern "C" fn on_fault(_: c_int, _: *mut libc::siginfo_t, context: *mut c_void) {
+    clear_alignment_check();
     // SAFETY: the kernel passes the thread's `ucontext_t`.
     unsafe {
         if !RUNNING.swap(false, Ordering::SeqCst) {
@@ -183,6 +185,7 @@ extern "C" fn on_fault(_: c_int, _: *mut libc::siginfo_t, context: *mut c_void) 
 
 /// Ends a case in which two ticks came.
 extern "C" fn on_tick(_: c_int, _: *mut libc::siginfo_t, context: *mut c_void) {
+    clear_alignment_check();
     let begun = BEGUN.load(Ordering::SeqCst);
     let again = TICKED.swap(begun, Ordering::SeqCst) == begun;
     if again && RUNNING.swap(false, Ordering::SeqCst) {
@@ -191,6 +194,20 @@ extern "C" fn on_tick(_: c_int, _: *mut libc::siginfo_t, context: *mut c_void) {
             let registers = &mut (*context.cast::<libc::ucontext_t>()).uc_mcontext.gregs;
             leave(registers, ASTRAY.into());
         }
+    }
+}
+
+/// The kernel lets the handlers begin with the flag that the case had.
+#[inline(always)]
+fn clear_alignment_check() {
+    // SAFETY: the handler's stack is aligned; compiled code does not rely on this flag.
+    unsafe {
+        asm!(
+            "pushfq",
+            "and dword ptr [rsp], {0}",
+            "popfq",
+            const !(ALIGNMENT_CHECK as i32),
+        );
     }
 }
 
