@@ -1,7 +1,8 @@
 # debug: single step, breakpoints on execution and data, general detect, RF.
 #
-# SDM volume 3, chapter 18; AMD APM volume 2, chapter 13. Bochs 2.7 agrees with all of it.
-# QEMU 7.2 (TCG) misses a data breakpoint of a locked instruction and has no general detect.
+# SDM volume 3, chapter 18; AMD APM volume 2, chapter 13. Bochs 2.7 agrees with all of it but
+# FRAME_HIT, which it has not run. QEMU 7.2 (TCG) misses a data breakpoint of a locked instruction,
+# aborts with an assertion at one on the frame of an exception, and has no general detect.
 
 .include "lib/boot.inc"
 
@@ -151,6 +152,20 @@ single_step:
 9995: HIT "\name", \number, 9994b
 .endm
 
+# FRAME_HIT "name", vector, instruction: it pushes SS to the address in DR0.
+.macro FRAME_HIT name:req, vec:req, insn:vararg
+    mov %rsp, %rbx
+    and $-16, %rbx
+    sub $8, %rbx
+    BREAK 0, 1, 2, 0
+    mov %rbx, %dr0
+    TRY 9995f
+    \insn
+9995: mov $0x400, %eax          # before anything else is pushed
+    mov %rax, %dr7
+    HIT "\name", 0, (trap_stubs + 16 * (\vec))
+.endm
+
 breakpoints:
     .irp n, 0, 1, 2, 3
     BREAK \n, 0, 0, 2f
@@ -193,6 +208,9 @@ breakpoints:
     BREAK 0, 3, 0, 0
     mov %rbx, %dr0
     EXPECT_FAULT "data breakpoint on an absent page", 14, 0, mov (%rbx), %eax
+    # what an event pushes: #DB comes before the handler's first instruction
+    FRAME_HIT "frame of an exception", 6, ud2
+    FRAME_HIT "frame of an interrupt instruction", 0x81, int $0x81
     # general detect
     CLEAR_DR6
     mov $0x2400, %eax

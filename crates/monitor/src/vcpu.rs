@@ -367,7 +367,8 @@ impl Vcpu {
                 self.undelivered = None;
                 self.cpu.activity = Activity::Shutdown;
             }
-            Ok(_) => self.undelivered = None,
+            Ok(Delivered::Handler) => self.undelivered = None,
+            Ok(Delivered::Breakpoint(e)) => self.undelivered = Some(Event::Exception(e)),
             Err(_) => {
                 self.surroundings.exits.restarts += 1;
                 // Faults raise themselves again when their instruction is executed again.

@@ -39,6 +39,9 @@ pub enum Event {
 pub enum Delivered {
     /// To a handler: RIP is its first instruction.
     Handler,
+    /// To a handler, and what was pushed met data breakpoints: this #DB comes before the handler's
+    /// first instruction.
+    Breakpoint(Exception),
     /// To shutdown.
     TripleFault,
 }
@@ -147,7 +150,9 @@ pub fn deliver<E: Environment>(core: &mut Core<'_, E>, event: Event) -> Result<(
 }
 
 /// Delivers an event and whatever its delivery raises: a second exception, a double fault, or
-/// shutdown (SDM vol. 3, tables 6-4 and 6-5).
+/// shutdown (SDM vol. 3, tables 6-4 and 6-5). Data breakpoints on the frame are traps behind the
+/// delivery. Those on the frame of #DB itself come again and again, as on processors: one call
+/// delivers one event, so that its caller can look at what else is due.
 ///
 /// # Errors
 /// [`Restart`]: deliver the same event again.
@@ -155,7 +160,12 @@ pub fn raise<E: Environment>(core: &mut Core<'_, E>, event: Event) -> Result<Del
     let mut event = event;
     loop {
         let second = match deliver(core, event) {
-            Ok(()) => return Ok(Delivered::Handler),
+            Ok(()) => {
+                return Ok(match core.data_breakpoints {
+                    0 => Delivered::Handler,
+                    hit => Delivered::Breakpoint(Exception::debug(hit)),
+                });
+            }
             Err(Fault::Restart) => return Err(Restart),
             Err(Fault::Exception(e)) => e,
         };

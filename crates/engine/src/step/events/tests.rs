@@ -54,6 +54,31 @@ fn a_sixteen_bit_stack_wraps() {
 }
 
 #[test]
+fn a_data_breakpoint_on_the_frame_traps_behind_the_delivery() {
+    let mut rig = Rig::long();
+    rig.set_level(3);
+    let frame = (STACK0 & !15) - 40;
+    rig.cpu.dr[1] = frame + 16;
+    // Writes of eight bytes, by DR1.
+    rig.cpu.dr7 |= 0b1001 << 20 | 1 << 2;
+    let trap = Exception::debug(2);
+    assert_eq!(
+        rig.raise(Event::Interrupt(0x30)),
+        Ok(Delivered::Breakpoint(trap))
+    );
+    assert_eq!(rig.cpu.rip, handler(0x30));
+    // On the way to its own handler it meets none.
+    assert_eq!(rig.raise(Event::Exception(trap)), Ok(Delivered::Handler));
+    assert_eq!((rig.cpu.rip, rig.cpu.dr6 & 0xf), (handler(1), 2));
+    assert_eq!(rig.read64(rig.rsp()), handler(0x30));
+    // One that nothing writes to.
+    let mut rig = Rig::long();
+    rig.cpu.dr[1] = STACK;
+    rig.cpu.dr7 |= 0b1001 << 20 | 1 << 2;
+    assert_eq!(rig.raise(Event::Nmi), Ok(Delivered::Handler));
+}
+
+#[test]
 fn an_interrupt_from_user_code_switches_stacks() {
     let mut rig = Rig::long();
     rig.set_level(3);
