@@ -114,6 +114,11 @@ impl Heat {
         self.heads.insert(place, is_loop);
     }
 
+    /// A path from here will not be possible for long.
+    fn give_up(&mut self, place: Place) {
+        self.attempts.insert(place, ATTEMPTS);
+    }
+
     /// There is no path here (any more).
     pub fn lost(&mut self, rip: u64, context: u8) {
         self.heads.remove(&(rip, context));
@@ -144,6 +149,8 @@ pub(crate) enum Progress {
 pub(crate) struct Recorder {
     /// Where its instructions are.
     rips: Vec<u64>,
+    /// Where recording began.
+    from: u64,
     next: u64,
     /// A path that is no loop will do.
     straight: bool,
@@ -153,6 +160,7 @@ impl Recorder {
     pub fn new(head: u64, straight: bool) -> Self {
         Self {
             rips: Vec::new(),
+            from: head,
             next: head,
             straight,
         }
@@ -245,7 +253,7 @@ impl Vcpu {
             }
         }
         if recorder.straight {
-            self.make_path(&recorder.rips, false, context);
+            self.make_path(&recorder, false, context);
         }
     }
 
@@ -262,32 +270,41 @@ impl Vcpu {
         // A loop may be met the next time; else what goes straight on is better than nothing.
         match progress {
             Progress::Loop | Progress::ToLoop => {
-                self.make_path(&recorder.rips, progress == Progress::Loop, context);
+                self.make_path(recorder, progress == Progress::Loop, context);
             }
             Progress::TooLong if recorder.straight => {
-                self.make_path(&recorder.rips, false, context);
+                self.make_path(recorder, false, context);
             }
             _ => {}
         }
         progress
     }
 
-    fn make_path(&mut self, rips: &[u64], is_loop: bool, context: Context) {
+    fn make_path(&mut self, recorder: &Recorder, is_loop: bool, context: Context) {
+        let (rips, number) = (&recorder.rips, context.number());
         let drops = self.code_drops;
-        let made = self.derive_path(rips, context).is_some();
-        tracing::debug!(target: "path", vcpu = self.surroundings.vcpu.index(), made, instructions = rips.len(), rip = format_args!("{:x?}", rips), "path");
+        let pieces = self.pieces(rips);
+        let patches = &self.surroundings.code.patches;
+        let rewritten = |piece: &Piece| patches.first_in(piece.range).is_some();
+        if pieces.as_ref().is_some_and(|p| p.pieces.iter().any(rewritten)) {
+            // Such bytes need a block of their own. To step through them is dear, too.
+            self.heat.give_up((recorder.from, number));
+            return;
+        }
+        let made = pieces.and_then(|pieces| self.derive_path(pieces, context)).is_some();
+        tracing::debug!(target: "path", vcpu = self.surroundings.vcpu.index(), made, is_loop, rip = format_args!("{rips:x?}"), "path");
         if made && self.code_drops == drops {
             self.surroundings.code.statistics.paths += 1;
-            self.heat.add_head((rips[0], context.number()), is_loop);
+            self.heat.add_head((rips[0], number), is_loop);
         }
     }
 
-    /// Derives the path of the instructions at `rips`, or the beginning of it. `None` if that is
-    /// nothing more than a block, or not possible now.
-    fn derive_path(&mut self, rips: &[u64], context: Context) -> Option<()> {
-        let Pieces { ops, bytes, pieces } = self.pieces(rips)?;
+    /// Derives the path of these pieces. `None` if that is nothing more than a block, or not
+    /// possible now.
+    fn derive_path(&mut self, pieces: Pieces, context: Context) -> Option<()> {
+        let Pieces { ops, bytes, pieces } = pieces;
         let block = Block {
-            rip: *rips.first()?,
+            rip: pieces.first()?.rip,
             mode: Mode::Long64,
             len: bytes.len() as u32,
             ops,
