@@ -286,12 +286,17 @@ impl Vcpu {
         let pieces = self.pieces(rips);
         let patches = &self.surroundings.code.patches;
         let rewritten = |piece: &Piece| patches.first_in(piece.range).is_some();
-        if pieces.as_ref().is_some_and(|p| p.pieces.iter().any(rewritten)) {
+        if pieces
+            .as_ref()
+            .is_some_and(|p| p.pieces.iter().any(rewritten))
+        {
             // Such bytes need a block of their own. To step through them is dear, too.
             self.heat.give_up((recorder.from, number));
             return;
         }
-        let made = pieces.and_then(|pieces| self.derive_path(pieces, context)).is_some();
+        let made = pieces
+            .and_then(|pieces| self.derive_path(pieces, context))
+            .is_some();
         tracing::debug!(target: "path", vcpu = self.surroundings.vcpu.index(), made, is_loop, rip = format_args!("{rips:x?}"), "path");
         if made && self.code_drops == drops {
             self.surroundings.code.statistics.paths += 1;

@@ -66,7 +66,7 @@ impl Emitter<'_> {
         let i = &op.instruction;
         let push = Effect {
             accesses: [None, Some(access(GUEST_RSP, -8, 8, true))],
-            adjusted: Some((GUEST_RSP, -8)),
+            moved: Effect::adjusted(GUEST_RSP, -8),
             ..Effect::default()
         };
         let operand = op
@@ -89,7 +89,7 @@ impl Emitter<'_> {
             },
             OpKind::Return(extra) => Effect {
                 accesses: [None, Some(access(GUEST_RSP, 0, 8, false))],
-                adjusted: Some((GUEST_RSP, 8 + i32::from(extra))),
+                moved: Effect::adjusted(GUEST_RSP, 8 + i32::from(extra)),
                 ..Effect::default()
             },
             OpKind::Pop => {
@@ -98,7 +98,7 @@ impl Emitter<'_> {
                 Effect {
                     accesses: [None, Some(access(GUEST_RSP, 0, 8, false))],
                     written: 1 << guest,
-                    adjusted: Some((GUEST_RSP, 8)),
+                    moved: Effect::adjusted(GUEST_RSP, 8),
                     ..Effect::default()
                 }
             }

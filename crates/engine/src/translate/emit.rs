@@ -13,7 +13,7 @@ use super::immediate::RunTime;
 use super::memory::{Address, Look};
 use super::plain::Plan;
 use super::registers::{ADDRESS, COUNT, INDEX};
-use super::shared::{Access, Effect, Shares};
+use super::shared::{Access, Effect, Move, Shares};
 use super::stubs::Stubs;
 use crate::decode::op::FlatAddress;
 use crate::native::ThunkError;
@@ -271,29 +271,37 @@ pub(super) fn leaves(op: &Op) -> bool {
     op.ends_block() && !reads_segment
 }
 
-/// The register to which the operation adds a constant, and nothing else.
-fn adjusted(op: &Op) -> Option<(usize, i32)> {
+/// The register that the operation sets to the value of one plus a constant, if it does nothing
+/// else to registers.
+fn moved(op: &Op) -> Option<Move> {
     let i = &op.instruction;
-    let register = i.op0_register();
-    if i.op0_kind() != Operand::Register || !register.is_gpr64() {
+    let to = i.op0_register();
+    if i.op0_kind() != Operand::Register || !to.is_gpr64() {
         return None;
     }
     let constant = |n: u32| i.try_immediate(n).ok().map(|value| value as i64);
-    let by = match i.mnemonic() {
-        Mnemonic::Inc => Some(1),
-        Mnemonic::Dec => Some(-1),
-        Mnemonic::Add => constant(1),
-        Mnemonic::Sub => constant(1).and_then(i64::checked_neg),
+    let (from, by) = match i.mnemonic() {
+        Mnemonic::Inc => (to, Some(1)),
+        Mnemonic::Dec => (to, Some(-1)),
+        Mnemonic::Add => (to, constant(1)),
+        Mnemonic::Sub => (to, constant(1).and_then(i64::checked_neg)),
+        Mnemonic::Mov if i.op1_kind() == Operand::Register && i.op1_register().is_gpr64() => {
+            (i.op1_register(), Some(0))
+        }
         Mnemonic::Lea
-            if i.memory_base() == register
+            if i.memory_base().is_gpr64()
                 && i.memory_index() == iced_x86::Register::None
                 && op.flat.is_some() =>
         {
-            Some(i.memory_displacement64() as i64)
+            (i.memory_base(), Some(i.memory_displacement64() as i64))
         }
-        _ => None,
+        _ => return None,
     };
-    Some((register.number(), i32::try_from(by?).ok()?))
+    Some(Move {
+        to: to.number(),
+        from: from.number(),
+        by: i32::try_from(by?).ok()?,
+    })
 }
 
 impl Emitter<'_> {
@@ -385,15 +393,15 @@ impl Emitter<'_> {
                     }),
                     Address::Relative(..) => None,
                 });
-                let adjusted = adjusted(op);
+                let moved = moved(op);
                 let written = form.map_or(u16::MAX, |form| form.gpr_written);
                 Effect {
                     accesses: [operand, None],
-                    written: match adjusted {
-                        Some((register, _)) => written & !(1 << (register & 15)),
+                    written: match moved {
+                        Some(moved) => written & !(1 << (moved.to & 15)),
                         None => written,
                     },
-                    adjusted,
+                    moved,
                     barrier: false,
                 }
             }

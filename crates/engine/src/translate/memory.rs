@@ -41,6 +41,15 @@ pub fn kind(table: usize, size: u16) -> u32 {
     table as u32 | u32::from(size) << 8
 }
 
+/// What became of the windows in use.
+enum Renewed {
+    /// There are none.
+    Nothing,
+    All,
+    /// No register holds any more what the address of one is formed from.
+    Lost,
+}
+
 impl Emitter<'_> {
     /// Puts the linear address into ADDRESS. Flags stay; INDEX is clobbered.
     fn form_address(&mut self, address: Address) {
@@ -215,38 +224,48 @@ impl Emitter<'_> {
         self.missed(label, look);
         self.fill(look, hit);
         let gone = self.asm.label();
-        if self.renew(access, look.keep_flags, gone) {
-            self.form_address(look.address);
-            self.asm.jump(retry);
-            self.missed(gone, look);
-            self.go_on_unshared();
-        } else {
-            self.asm.jump(retry);
+        match self.renew(access, look.keep_flags, gone) {
+            Renewed::Nothing => {
+                self.asm.jump(retry);
+            }
+            Renewed::All => {
+                self.form_address(look.address);
+                self.asm.jump(retry);
+                self.missed(gone, look);
+                self.go_on_unshared();
+            }
+            Renewed::Lost => self.go_on_unshared(),
         }
     }
 
-    /// Looks up the windows again that are in use at an access, behind a helper. Whether there are
-    /// any.
-    fn renew(&mut self, access: usize, keep_flags: bool, gone: Label) -> bool {
-        let again: Vec<(Look, i32)> = self
+    /// Looks up the windows again that are in use at an access, behind a helper.
+    fn renew(&mut self, access: usize, keep_flags: bool, gone: Label) -> Renewed {
+        let again: Option<Vec<(Look, i32)>> = self
             .shares
             .in_use((self.operation, access))
             .map(|(group, address)| {
                 let window = Look {
-                    address: Address::Flat(address),
+                    address: Address::Flat(address?),
                     size: group.size(),
                     write: group.write,
                     keep_flags,
                 };
-                (window, group.field)
+                Some((window, group.field))
             })
             .collect();
+        let Some(again) = again else {
+            return Renewed::Lost;
+        };
         for &(window, kept) in &again {
             self.form_address(window.address);
             self.find(window, gone);
             self.asm.store(Mem::field(kept), ADDRESS);
         }
-        !again.is_empty()
+        if again.is_empty() {
+            Renewed::Nothing
+        } else {
+            Renewed::All
+        }
     }
 
     /// What the look-up of a group's window does that missed: after all, only the leader's access
@@ -268,10 +287,16 @@ impl Emitter<'_> {
         self.asm.jump(unshared);
         self.missed(absent, look);
         self.fill(look, unshared);
-        self.renew(access, look.keep_flags, gone);
-        self.form_address(window.address);
-        self.find(window, gone);
-        self.asm.jump(found);
+        if matches!(
+            self.renew(access, look.keep_flags, gone),
+            Renewed::Nothing | Renewed::All
+        ) {
+            self.form_address(window.address);
+            self.find(window, gone);
+            self.asm.jump(found);
+        } else {
+            self.asm.jump(unshared);
+        }
         self.missed(gone, window);
         self.asm.bind(unshared);
         self.go_on_unshared();
