@@ -235,6 +235,8 @@ mod tests {
 
     use super::*;
     use crate::board::Silent;
+    use trapline_monitor::clock::Pace;
+
     use crate::clock::{HostClock, VirtualClock};
     use crate::debug_exit::tests::Log;
     use crate::events::SystemEvent;
@@ -334,7 +336,7 @@ mod tests {
     /// All ways between devices at once; a wrong order of locks would hang here.
     #[test]
     fn nothing_deadlocks() {
-        let (chipset, _) = chipset(4, Arc::new(HostClock::new()));
+        let (chipset, _) = chipset(4, Arc::new(HostClock::new(Pace::HOST)));
         let timers = chipset.spawn_timers().unwrap();
         let stop = AtomicBool::new(false);
         let (done, finished) = std::sync::mpsc::channel();

@@ -4,6 +4,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use rustix::time::{ClockId, clock_gettime};
+use trapline_monitor::clock::{Pace, halted};
 
 /// Where devices take time from, so that tests can give them theirs.
 pub trait TimeSource: Send + Sync {
@@ -15,43 +16,59 @@ pub trait TimeSource: Send + Sync {
     fn thread_time(&self) -> u64;
     /// The time since 1970-01-01 00:00 UTC.
     fn wall_clock(&self) -> Duration;
+    /// How long to sleep on the host until so many nanoseconds have passed.
+    fn host_duration(&self, nanoseconds: u64) -> Duration {
+        Duration::from_nanos(nanoseconds)
+    }
 }
 
-/// The host's CLOCK_MONOTONIC and CLOCK_REALTIME.
+/// The host's CLOCK_MONOTONIC and CLOCK_REALTIME, at a pace.
 pub struct HostClock {
     start: Instant,
+    /// The wall clock then.
+    epoch: Duration,
+    pace: Pace,
 }
 
 impl HostClock {
     #[must_use]
-    pub fn new() -> Self {
+    pub fn new(pace: Pace) -> Self {
         Self {
             start: Instant::now(),
+            epoch: host_wall_clock(),
+            pace,
         }
     }
 }
 
-impl Default for HostClock {
-    fn default() -> Self {
-        Self::new()
-    }
+fn host_wall_clock() -> Duration {
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default()
 }
 
 impl TimeSource for HostClock {
     fn now(&self) -> u64 {
-        u64::try_from(self.start.elapsed().as_nanos()).unwrap_or(u64::MAX)
+        let elapsed = self.start.elapsed().as_nanos();
+        self.pace.guest(u64::try_from(elapsed).unwrap_or(u64::MAX))
     }
 
     fn thread_time(&self) -> u64 {
         let used = clock_gettime(ClockId::ThreadCPUTime);
         let nanoseconds = used.tv_sec as u64 * 1_000_000_000 + used.tv_nsec as u64;
-        nanoseconds.wrapping_add(trapline_monitor::clock::halted())
+        self.pace.guest(nanoseconds.wrapping_add(halted()))
+    }
+
+    fn host_duration(&self, nanoseconds: u64) -> Duration {
+        Duration::from_nanos(self.pace.host(nanoseconds))
     }
 
     fn wall_clock(&self) -> Duration {
-        SystemTime::now()
-            .duration_since(UNIX_EPOCH)
-            .unwrap_or_default()
+        if self.pace == Pace::HOST {
+            host_wall_clock()
+        } else {
+            self.epoch + Duration::from_nanos(self.now())
+        }
     }
 }
 

@@ -3,7 +3,6 @@
 use std::collections::BTreeSet;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread::{self, JoinHandle};
-use std::time::Duration;
 
 use crate::clock::TimeSource;
 
@@ -141,7 +140,7 @@ impl Timers {
                     .unwrap_or_else(PoisonError::into_inner)
             } else {
                 self.earlier
-                    .wait_timeout(queue, Duration::from_nanos(pause))
+                    .wait_timeout(queue, self.time.host_duration(pause))
                     .unwrap_or_else(PoisonError::into_inner)
                     .0
             };
@@ -221,6 +220,10 @@ pub(crate) mod tests {
     use std::time::Instant;
 
     use super::*;
+    use std::time::Duration;
+
+    use trapline_monitor::clock::Pace;
+
     use crate::clock::{HostClock, VirtualClock};
 
     /// Timers on virtual time, and the way to let it pass.
@@ -294,7 +297,7 @@ pub(crate) mod tests {
 
     #[test]
     fn the_thread_wakes_for_an_earlier_deadline_and_ends() {
-        let timers = Timers::new(Arc::new(HostClock::new()));
+        let timers = Timers::new(Arc::new(HostClock::new(Pace::HOST)));
         let target = log();
         let late = timers.timer(weak(&target));
         let soon = timers.timer(weak(&target));

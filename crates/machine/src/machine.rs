@@ -12,7 +12,7 @@ use trapline_devices::clock::HostClock;
 use trapline_devices::dma::DmaPort;
 use trapline_devices::serial::SerialInput;
 use trapline_memory::GuestMemory;
-use trapline_monitor::clock::host_tsc;
+use trapline_monitor::clock::{Pace, host_tsc};
 use trapline_monitor::debug::Breakpoints;
 use trapline_monitor::interrupt::VcpuSignals;
 use trapline_monitor::signals::Signals;
@@ -165,7 +165,7 @@ struct Machine {
     cpuid: Arc<CpuidModel>,
     ending: Arc<Ending>,
     breakpoints: Arc<Breakpoints>,
-    engine: EngineKind,
+    execution: Execution,
 }
 
 impl Machine {
@@ -202,13 +202,19 @@ impl Machine {
                 ))
             })
             .collect();
+        let execution = match config.engine {
+            EngineKind::Step => Execution::Stepped,
+            EngineKind::Auto | EngineKind::Translate => Execution::Translated,
+            EngineKind::Lockstep => Execution::Lockstep,
+        };
+        let pace = Pace::of(execution);
         let chipset = Chipset::new(ChipsetConfig {
             signals: signals
                 .iter()
                 .map(|s| Arc::clone(s) as Arc<dyn VcpuSignals>)
                 .collect(),
             events: Arc::clone(&ending) as _,
-            time: Arc::new(HostClock::new()),
+            time: Arc::new(HostClock::new(pace)),
             tsc_frequency,
             serial_output: Box::new(output),
             debug_console: None,
@@ -258,7 +264,7 @@ impl Machine {
             },
         )?;
         // All VCPUs count from zero at power-up.
-        let tsc_offset = host_tsc().wrapping_neg();
+        let tsc_offset = pace.guest(host_tsc()).wrapping_neg();
         let vcpus = signals
             .into_iter()
             .enumerate()
@@ -288,7 +294,7 @@ impl Machine {
             cpuid: Arc::new(cpuid),
             ending,
             breakpoints,
-            engine: config.engine,
+            execution,
         })
     }
 
@@ -333,11 +339,7 @@ impl Machine {
             Arc::clone(&self.memory),
             Arc::clone(&self.trace),
         );
-        let execution = match self.engine {
-            EngineKind::Step => Execution::Stepped,
-            EngineKind::Auto | EngineKind::Translate => Execution::Translated,
-            EngineKind::Lockstep => Execution::Lockstep,
-        };
+        let execution = self.execution;
         let mut threads = Vec::new();
         for (n, (signals, cpu)) in self.vcpus.into_iter().enumerate() {
             let Some(apic) = self.chipset.local_apic(n) else {

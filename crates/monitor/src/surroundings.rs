@@ -20,6 +20,7 @@ use trapline_x86::cpuid::{CpuidDynamic, CpuidModel};
 use trapline_x86::paging::{self, Page, PhysicalMemory, Request};
 use trapline_x86::{CpuState, Exception, msr};
 
+use crate::clock::Pace;
 use crate::code_cache::CodeCache;
 use crate::interrupt::LocalInterrupts;
 use crate::lockstep::rehearsal::{MemoryDifference, Rehearsal};
@@ -58,6 +59,7 @@ pub struct Surroundings {
     announced: Vec<u8>,
     /// In lock-step execution.
     pub(crate) rehearsal: Option<Box<Rehearsal>>,
+    pub(crate) pace: Pace,
 }
 
 /// The range of a span.
@@ -114,6 +116,7 @@ impl Surroundings {
             watchpoint_hit: None,
             announced: Vec::new(),
             rehearsal: None,
+            pace: Pace::HOST,
         }
     }
 
@@ -577,7 +580,8 @@ impl Environment for Surroundings {
     }
 
     fn tsc(&mut self, cpu: &CpuState) -> u64 {
-        crate::clock::host_tsc().wrapping_add(cpu.msr.tsc_offset)
+        let counter = self.pace.guest(crate::clock::host_tsc());
+        counter.wrapping_add(cpu.msr.tsc_offset)
     }
 
     fn cpuid(&mut self, cpu: &CpuState, leaf: u32, subleaf: u32) -> [u32; 4] {

@@ -18,6 +18,7 @@ use trapline_engine::translate::Translator;
 use trapline_x86::state::{Activity, InterruptShadow};
 use trapline_x86::{CpuState, Mode};
 
+use crate::clock::Pace;
 use crate::code_cache::CachedBlock;
 use crate::debug::{Resume, StopCause};
 use crate::fetch::Wanted;
@@ -109,6 +110,7 @@ impl Vcpu {
         if compared.is_some() {
             surroundings.rehearsal = Some(Box::default());
         }
+        surroundings.pace = Pace::of(execution);
         let cpu = Box::new(cpu);
         let features = Features::new(|leaf, subleaf| surroundings.cpuid(&cpu, leaf, subleaf));
         Ok(Self {
