@@ -250,7 +250,8 @@ impl Vcpu {
             }
         }
         if met {
-            lockstep.statistics.compared += 1;
+            // A piece whose first instruction is not for translated code tells nothing.
+            lockstep.statistics.compared += u64::from(!lockstep.instructions.is_empty());
             return true;
         }
         let (stepped, memory) =

@@ -180,7 +180,7 @@ fn equal_results_are_no_difference() {
     let rig = run_wrongly(&CODE_RIGHT, &CODE_RIGHT);
     assert!(rig.vcpu.difference().is_none());
     let statistics = rig.vcpu.statistics().lockstep.unwrap();
-    assert!(statistics.compared > 2, "{statistics:?}");
+    assert!(statistics.compared > 0, "{statistics:?}");
     assert_eq!(rig.memory.read_u64(DATA), Some(1));
 }
 
@@ -375,11 +375,13 @@ fn operand_of_branch(random: &mut Random, code: &mut Vec<u8>) {
 fn registers(random: &mut Random, cpu: &mut CpuState) {
     for n in 0..16 {
         cpu.gpr[n] = match random.below(10) {
-            0 => random.next(),
-            1 => random.below(256),
-            2 => CODE + random.below(CODE_PAGES * PAGE),
+            0 if random.chance(20) => random.next(),
+            1 if random.chance(30) => random.below(256),
+            2 if random.chance(30) => CODE + random.below(CODE_PAGES * PAGE),
             3 => DATA + random.below(DATA_PAGES * PAGE),
-            _ => DATA + random.below(DATA_PAGES + 1) * PAGE + random.below(160) - 80,
+            4 | 5 => DATA + random.below(DATA_PAGES + 1) * PAGE + random.below(160) - 80,
+            // Where loads and stores work.
+            _ => DATA + random.below(DATA_PAGES / 4) * 4 * PAGE + random.below(PAGE),
         };
     }
     if random.chance(80) {
