@@ -102,6 +102,8 @@ pub(super) struct Emitted {
     pub bytes: Vec<u8>,
     /// Offset of the entry that does not poll.
     pub entry: usize,
+    /// Offset of what stands behind the block's own code: ways out, and what look-ups do that miss.
+    pub deferred: usize,
     /// For each piece of code the instruction that it belongs to: offset in the code, and of the
     /// instruction in the block (its number in a path); ascending.
     pub points: Vec<(u32, u16)>,
@@ -247,6 +249,7 @@ pub(super) fn emit(
     if open && let Some(last) = block.ops.last() {
         emitter.go_to(last.instruction.next_ip());
     }
+    let deferred = emitter.asm.here();
     emitter.finish_deferred();
     if emitter.full {
         return Err(ThunkError::Full);
@@ -257,6 +260,7 @@ pub(super) fn emit(
     Ok(Emitted {
         bytes: emitter.asm.bytes,
         entry,
+        deferred,
         points: emitter.points,
         sites: emitter.sites,
         assisted: emitter.assisted,

@@ -21,6 +21,8 @@
 mod assembler;
 mod control;
 mod emit;
+#[cfg(test)]
+mod goldens;
 mod immediate;
 mod liveness;
 mod memory;
