@@ -103,6 +103,7 @@ pub(super) struct Emitted {
     /// Offset of the entry that does not poll.
     pub entry: usize,
     /// Offset of what stands behind the block's own code: ways out, and what look-ups do that miss.
+    #[cfg(test)]
     pub deferred: usize,
     /// For each piece of code the instruction that it belongs to: offset in the code, and of the
     /// instruction in the block (its number in a path); ascending.
@@ -249,6 +250,7 @@ pub(super) fn emit(
     if open && let Some(last) = block.ops.last() {
         emitter.go_to(last.instruction.next_ip());
     }
+    #[cfg(test)]
     let deferred = emitter.asm.here();
     emitter.finish_deferred();
     if emitter.full {
@@ -260,6 +262,7 @@ pub(super) fn emit(
     Ok(Emitted {
         bytes: emitter.asm.bytes,
         entry,
+        #[cfg(test)]
         deferred,
         points: emitter.points,
         sites: emitter.sites,

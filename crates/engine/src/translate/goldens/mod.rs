@@ -170,7 +170,7 @@ fn named(instruction: &Instruction, first: usize, listed: &[Instruction], stubs:
     }
     match instruction.try_immediate(1) {
         Ok(ATTENTION) => format!("{mnemonic} $attention,{}", register(instruction)),
-        Ok(value) if value >= POINTERS && value < POINTERS << 8 => {
+        Ok(value) if (POINTERS..POINTERS << 8).contains(&value) => {
             format!("{mnemonic} $operation,{}", register(instruction))
         }
         _ => text,
