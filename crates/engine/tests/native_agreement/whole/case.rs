@@ -185,6 +185,18 @@ pub fn differences(
     if reference.registers.vector.mxcsr & MISALIGNED_MASK != 0 && subject.vector == 13 {
         return names;
     }
+    // The processor reads ten bytes in two parts, and wraps the second's offset at 64 KiB even in a
+    // segment that goes on behind it; the engine, like others, takes them from there.
+    let ten_bytes = contains(run, |m| {
+        matches!(
+            m,
+            Mnemonic::Fbld | Mnemonic::Fbstp | Mnemonic::Fld | Mnemonic::Fstp
+        )
+    });
+    let from_start = reference.address.wrapping_sub(run.case.code_segment().0);
+    if run.case.bits == 16 && ten_bytes && reference.vector == 14 && from_start < 10 {
+        return names;
+    }
     let mut check = |name: &str, x: u64, y: u64| {
         if x != y {
             names.push(format!("{name} {x:#x} {y:#x}"));

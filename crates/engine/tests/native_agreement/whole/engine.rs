@@ -459,9 +459,7 @@ impl Engine {
         };
         let rip = self.cpu.rip;
         let bytes = &bytes.to_vec();
-        let translates = self.translator.is_some()
-            && self.cpu.shadow == InterruptShadow::None
-            && mode == Mode::Long64;
+        let translates = self.translator.is_some() && translate::may_run(&self.cpu);
         let decoded = match decode(
             bytes,
             rip,

@@ -65,6 +65,8 @@ struct Places {
 
 /// The exception that ended the case: vector, RIP, CR2, error code.
 static SEEN: [AtomicU64; 4] = [const { AtomicU64::new(0) }; 4];
+/// RFLAGS.TF.
+const TRAP: libc::greg_t = 0x100;
 /// The child runs a case.
 static RUNNING: AtomicBool = AtomicBool::new(false);
 /// Cases begun, and how many they were at the timer's last tick.
@@ -219,6 +221,8 @@ fn leave(registers: &mut [libc::greg_t; 23], vector: u64) {
         place.store(registers[register as usize] as u64, Ordering::SeqCst);
     }
     registers[libc::REG_RIP as usize] = reference::exit_address() as i64;
+    // A run that went astray may have set it.
+    registers[libc::REG_EFL as usize] &= !TRAP;
     let selectors = &mut registers[libc::REG_CSGSFS as usize];
     // CS in the lowest 16 bits, SS in the highest.
     *selectors = (*selectors & 0x0000_ffff_ffff_0000)
