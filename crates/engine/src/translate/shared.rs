@@ -140,13 +140,17 @@ impl Values {
         (form, base + index.map_or(0, |value| value.offset << scale))
     }
 
-    /// A register that holds a root, and how far it is from that.
+    /// The register that is nearest to a root, and how far it is from that.
     fn holder(&self, root: u32) -> Option<(u8, i64)> {
-        let number = self.registers.iter().position(|value| value.root == root)?;
-        Some((number as u8, self.registers[number].offset))
+        let numbered = self.registers.iter().enumerate();
+        let (number, value) = numbered
+            .filter(|(_, value)| value.root == root)
+            .min_by_key(|(_, value)| value.offset.unsigned_abs())?;
+        Some((number as u8, value.offset))
     }
 
-    /// The address at a distance from what it is formed from, if there is still all that it takes.
+    /// The address at a distance from what it is formed from, if there is still all that it takes
+    /// and its displacement fits.
     fn address(&self, form: &Form, displacement: i64) -> Option<FlatAddress> {
         let part = |root: Option<u32>| match root {
             Some(root) => self.holder(root),
@@ -156,12 +160,15 @@ impl Values {
         let (index, from_index) = part(form.index.map(|(root, _)| root))?;
         let scale = form.index.map_or(0, |(_, scale)| scale);
         let offset = from_base + (from_index << scale);
-        Some(FlatAddress {
+        let displacement = displacement.wrapping_sub(offset);
+        let fits = i32::try_from(displacement).is_ok();
+        let absolute = form.base.is_none() && form.index.is_none();
+        (fits || absolute).then_some(FlatAddress {
             base,
             index,
             scale,
             segment: form.segment,
-            displacement: displacement.wrapping_sub(offset) as u64,
+            displacement: displacement as u64,
         })
     }
 }
@@ -648,6 +655,40 @@ mod tests {
         let mut after = values.clone();
         after.apply(&ops[3]);
         assert_eq!(after.address(&shares.groups[0].form, 0), None);
+    }
+
+    #[test]
+    fn a_window_is_looked_up_again_by_what_is_near() {
+        let indexed = Effect {
+            accesses: [
+                Some(Access {
+                    address: FlatAddress {
+                        base: 3,
+                        index: 2,
+                        scale: 3,
+                        segment: NO_REGISTER,
+                        displacement: -8i64 as u64,
+                    },
+                    size: 8,
+                    write: true,
+                }),
+                None,
+            ],
+            ..Effect::default()
+        };
+        // A copy that is as far as one may be, eight times that as an index.
+        let ops = [indexed, copy(1, 2, FAR as i32), indexed];
+        let shares = Shares::of(&ops);
+        let [(_, Some(window))] = shares.in_use((2, 0)).collect::<Vec<_>>()[..] else {
+            panic!("not one group");
+        };
+        assert_eq!((window.index, window.displacement as i64), (2, -8));
+        // With the copy alone the displacement would not fit.
+        let form = &shares.groups[0].form;
+        let mut after = shares.values[2].clone();
+        after.apply(&unknown(2));
+        assert_eq!(after.address(form, -8), None);
+        assert!(after.address(form, 8).is_some());
     }
 
     #[test]
