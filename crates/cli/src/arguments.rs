@@ -207,6 +207,11 @@ pub struct RunArguments {
     #[arg(long, value_name = "PATH")]
     pub events: Option<PathBuf>,
 
+    /// Write jit-PID.dump to this folder, from which "perf inject --jit" learns the names of guest
+    /// code; see docs/performance.md
+    #[arg(long, value_name = "FOLDER")]
+    pub jitdump: Option<PathBuf>,
+
     /// What to log: a level, or targets with levels, as in warn,trapline_devices=debug
     #[arg(long, value_name = "FILTER", default_value = "warn", value_parser = filter)]
     pub log: Targets,
@@ -273,6 +278,7 @@ impl RunArguments {
             timeout: self.timeout,
             stats: self.stats.clone(),
             events: self.events.clone(),
+            jitdump: self.jitdump.clone(),
             trace_notify: match self.trace_notify {
                 Notify::Consumers => TraceNotify::Consumers,
                 Notify::All => TraceNotify::All,
@@ -405,6 +411,7 @@ mod tests {
             "--timeout=1.5",
             "--stats=s",
             "--events=e",
+            "--jitdump=j",
             "--log=debug",
             "--log-file=l",
         ]);
@@ -420,6 +427,7 @@ mod tests {
             timeout: Some(Duration::from_millis(1500)),
             stats: Some("s".into()),
             events: Some("e".into()),
+            jitdump: Some("j".into()),
             trace_notify: TraceNotify::All,
             devices: vec![Device::DmaProbe],
             trace_semantics: "code=post-write-sync".parse().unwrap(),

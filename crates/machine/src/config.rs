@@ -89,6 +89,8 @@ pub struct MachineConfig {
     pub stats: Option<PathBuf>,
     /// Where the events of the trace subsystem are written while the machine runs.
     pub events: Option<PathBuf>,
+    /// The folder where a jitdump of the translations is written while the machine runs.
+    pub jitdump: Option<PathBuf>,
     pub trace_notify: TraceNotify,
     /// Devices beside those that every machine has; naming one twice is no different.
     pub devices: Vec<Device>,
@@ -146,6 +148,7 @@ impl MachineConfig {
             timeout: None,
             stats: None,
             events: None,
+            jitdump: None,
             trace_notify: TraceNotify::default(),
             devices: Vec::new(),
             trace_semantics: TraceSemantics::default(),

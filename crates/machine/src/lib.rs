@@ -6,6 +6,7 @@ pub mod control;
 mod ending;
 pub mod events;
 pub mod gdb;
+mod jitdump;
 pub mod keyed;
 pub mod load;
 mod machine;

@@ -12,6 +12,7 @@ use trapline_devices::clock::HostClock;
 use trapline_devices::dma::DmaPort;
 use trapline_devices::serial::SerialInput;
 use trapline_memory::GuestMemory;
+use trapline_monitor::CodeObserver;
 use trapline_monitor::clock::{Pace, host_tsc};
 use trapline_monitor::debug::Breakpoints;
 use trapline_monitor::interrupt::VcpuSignals;
@@ -29,6 +30,7 @@ use crate::control::{Control, Live};
 use crate::ending::{End, Ending};
 use crate::events::EventLog;
 use crate::gdb::{Debugger, GdbServer};
+use crate::jitdump::JitDump;
 use crate::load::{self, LoadRequest};
 use crate::outcome::{MachineError, Outcome};
 use crate::platform::Buses;
@@ -105,17 +107,20 @@ fn run_with(
         control.watches().add_sink(sink);
         Some(log)
     };
+    let jitdump = config.jitdump.as_deref().map(JitDump::create).transpose()?;
+    let jitdump = jitdump.map(Arc::new);
     control.configure(config).map_err(ConfigError::from)?;
     let mut report = Report::start(config.stats.as_deref())?;
     seccomp::confine(config.seccomp)?;
     let end = loop {
-        let machine = Machine::build(
+        let mut machine = Machine::build(
             config,
             output.clone(),
             tsc_frequency,
             events.as_ref(),
             control,
         )?;
+        machine.jitdump.clone_from(&jitdump);
         if let Some(sharing) = sharing {
             sharing.join(&machine.memory, &machine.trace, machine.vcpus.len());
         }
@@ -133,6 +138,9 @@ fn run_with(
     }
     if let Some(events) = events {
         report.events(events.finish());
+    }
+    if let Some(jitdump) = jitdump {
+        jitdump.finish()?;
     }
     report.write()?;
     Ok(match end {
@@ -166,6 +174,7 @@ struct Machine {
     ending: Arc<Ending>,
     breakpoints: Arc<Breakpoints>,
     execution: Execution,
+    jitdump: Option<Arc<JitDump>>,
 }
 
 impl Machine {
@@ -295,6 +304,7 @@ impl Machine {
             ending,
             breakpoints,
             execution,
+            jitdump: None,
         })
     }
 
@@ -347,8 +357,16 @@ impl Machine {
             };
             let (trace, memory) = (Arc::clone(&self.trace), Arc::clone(&self.memory));
             let (platform, cpuid) = (Arc::clone(&platform), Arc::clone(&self.cpuid));
-            let surroundings =
-                move || Surroundings::new(VcpuId::new(n), trace, memory, apic, platform, cpuid);
+            let observer = self
+                .jitdump
+                .clone()
+                .map(|dump| dump as Arc<dyn CodeObserver>);
+            let surroundings = move || {
+                let vcpu = VcpuId::new(n);
+                let mut around = Surroundings::new(vcpu, trace, memory, apic, platform, cpuid);
+                around.code_observer = observer;
+                around
+            };
             let ending = Arc::clone(&self.ending);
             match VcpuThread::spawn(n as u8, cpu, surroundings, signals, ending, execution) {
                 Ok(thread) => threads.push(thread),

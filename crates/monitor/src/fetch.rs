@@ -16,6 +16,7 @@ use crate::code_cache::{CachedBlock, Form, Key};
 use crate::earlier::Earlier;
 use crate::lockstep::comparable;
 use crate::surroundings::Surroundings;
+use crate::translated_code::TranslatedCode;
 use crate::vcpu::Vcpu;
 
 const PAGE: u64 = 4096;
@@ -370,6 +371,17 @@ impl Vcpu {
             return Err(ThunkError::Unsupported);
         };
         let id = translator.translate(source, &mut self.native, &mut self.tlb)?;
+        if let Some(observer) = &self.surroundings.code_observer
+            && let Some((address, code, is_path)) = translator.code(id)
+        {
+            observer.translated(TranslatedCode {
+                rip: source.block.rip,
+                privilege: source.context.privilege,
+                is_path,
+                address,
+                code: &code,
+            });
+        }
         self.statistics.translated_blocks += 1;
         self.statistics.translated_bytes += u64::from(translator.code_bytes(id));
         Ok(id)

@@ -23,5 +23,8 @@ pub mod signals;
 pub mod statistics;
 pub mod surroundings;
 mod translated;
+mod translated_code;
 mod turn;
 pub mod vcpu;
+
+pub use translated_code::{CodeObserver, TranslatedCode};

@@ -29,6 +29,7 @@ use crate::shadow_descriptors::ShadowDescriptors;
 use crate::shadow_pages::{Fill, ShadowPages};
 use crate::signals::attention;
 use crate::statistics::Exits;
+use crate::translated_code::CodeObserver;
 use crate::turn::Turns;
 
 /// The bit of a `watch` trace's cookie that says that nobody stops there: accesses are reported
@@ -60,6 +61,8 @@ pub struct Surroundings {
     /// In lock-step execution.
     pub(crate) rehearsal: Option<Box<Rehearsal>>,
     pub(crate) pace: Pace,
+    /// Hears of translations.
+    pub code_observer: Option<Arc<dyn CodeObserver>>,
 }
 
 /// The range of a span.
@@ -117,6 +120,7 @@ impl Surroundings {
             announced: Vec::new(),
             rehearsal: None,
             pace: Pace::HOST,
+            code_observer: None,
         }
     }
 

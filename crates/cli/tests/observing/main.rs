@@ -508,3 +508,40 @@ fn a_reader_that_leaves_early_is_no_fault() {
     assert_eq!(output.status.code(), Some(0));
     assert_eq!(text(&output.stderr), "");
 }
+
+/// What `perf inject --jit` is to read holds the guest's code, by its addresses.
+#[test]
+fn a_jitdump_names_the_code_of_a_guest() {
+    let folder = Folder::new("jitdump");
+    let at = folder.path("").display().to_string();
+    let kernel = image("cross_mod").display().to_string();
+    let run = |at: &str| {
+        trapline(&[
+            "run",
+            "--kernel",
+            &kernel,
+            "--cpus",
+            "boot=2",
+            "--jitdump",
+            at,
+        ])
+    };
+    let output = run(&at);
+    assert_eq!(output.status.code(), Some(33), "{}", text(&output.stderr));
+    let mut dumps = std::fs::read_dir(folder.path("")).unwrap();
+    let dump = dumps.next().unwrap().unwrap();
+    let name = dump.file_name().into_string().unwrap();
+    assert!(
+        name.starts_with("jit-") && name.ends_with(".dump"),
+        "{name}"
+    );
+    let bytes = std::fs::read(dump.path()).unwrap();
+    let named = b"guest kernel 0x10";
+    assert!(bytes.windows(named.len()).any(|part| part == named));
+
+    let output = run("/nonexistent");
+    let message = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(71), "{message}");
+    assert!(message.contains("/nonexistent/jit-"), "{message}");
+    assert_eq!(message.lines().count(), 1, "{message}");
+}

@@ -118,6 +118,19 @@ impl Arena {
         self.executable.as_ptr() as u64
     }
 
+    /// A copy of bytes that [`Self::append`] has filled; empty for others.
+    pub fn copy(&self, offset: usize, len: usize) -> Vec<u8> {
+        let mut copy = vec![0; len];
+        if offset.checked_add(len).is_none_or(|end| end > self.used) {
+            return Vec::new();
+        }
+        // SAFETY: within the writable mapping, where only this thread writes.
+        unsafe {
+            ptr::copy_nonoverlapping(self.writable.as_ptr().add(offset), copy.as_mut_ptr(), len);
+        }
+        copy
+    }
+
     /// Overwrites four bytes at an offset that [`Self::append`] has filled; another offset does
     /// nothing. Only for the thread that executes the code.
     pub fn patch(&mut self, offset: usize, bytes: [u8; 4]) {

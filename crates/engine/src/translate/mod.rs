@@ -318,6 +318,14 @@ impl Translator {
             .map_or(0, |block| block.end - block.start)
     }
 
+    /// The host code of a block, where it is, and whether it is a path.
+    pub fn code(&self, block: BlockId) -> Option<(u64, Vec<u8>, bool)> {
+        let block = self.blocks.get(block.0 as usize)?;
+        let (start, len) = (block.start as usize, (block.end - block.start) as usize);
+        let address = self.arena.start() + u64::from(block.start);
+        Some((address, self.arena.copy(start, len), block.path.is_some()))
+    }
+
     /// The site with this number.
     pub fn site(&self, number: u64) -> Option<Site> {
         self.sites.get(usize::try_from(number).ok()?).copied()
