@@ -177,6 +177,8 @@ pub struct Engine {
     around: Surroundings,
     /// Translates, if there is one.
     translator: Option<Translator>,
+    /// Cases so far.
+    loaded: u64,
     /// What was translated of the run.
     translated: HashMap<(u64, bool), BlockId>,
     /// The branch by which translated code was left last.
@@ -221,6 +223,7 @@ impl Engine {
                 How::TranslatesPlainly => Some(Translator::plain(ATTENTION.as_ptr())),
             }
             .map(|translator| translator.expect("executable memory")),
+            loaded: 0,
             translated: HashMap::new(),
             left_by: None,
             site: 0,
@@ -244,6 +247,11 @@ impl Engine {
         self.translated.clear();
         self.left_by = None;
         self.tlb.remove_jumps();
+        self.loaded += 1;
+        if self.loaded.is_multiple_of(2) {
+            // Look-ups miss again.
+            self.tlb.flush_all();
+        }
         self.around.code[..CODE_BYTES].copy_from_slice(&case.code);
         self.around.memory.as_mut().clone_from(&case.memory);
         let cpu = &mut self.cpu;

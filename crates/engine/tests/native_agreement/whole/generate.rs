@@ -10,6 +10,7 @@ use super::case::{
     ALIGNMENT_CHECK, CODE_16, CODE_BYTES, Case, DATA, DIRECTION, PAGE, PAGES, Run, data_base,
 };
 use super::engine::features;
+use super::neighbours;
 use crate::case::Registers;
 use crate::generate::{Generator as Single, floats, number};
 use crate::random::Random;
@@ -124,8 +125,14 @@ impl Generator {
     pub fn next(&mut self) -> Run {
         self.change_world();
         let mut case = self.case.clone();
-        let count = self.single.random.pick(&[1, 1, 1, 1, 2, 3, 6]);
         let mut bytes: Vec<Vec<u8>> = Vec::new();
+        let random = &mut self.single.random;
+        let mut count = random.pick(&[1, 1, 1, 1, 2, 3, 6]);
+        if self.bits == 64 && random.one_in(8) {
+            count = 0;
+            let target = target(random, 64);
+            bytes = neighbours::run(random, &mut case.registers, target);
+        }
         while bytes.len() < count {
             let Some(one) = self.instruction() else {
                 continue;

@@ -8,6 +8,7 @@
 mod case;
 mod engine;
 mod generate;
+mod neighbours;
 mod processor;
 
 use std::collections::BTreeMap;
