@@ -25,11 +25,47 @@ main64:
     call pushes
     call branches
     call opcode_afterwards
+    call never_the_same
     call beyond
     call pieces
     call data_between
     call by_another
     FINISH "patched"
+
+# Another register, value and so opcode each time, for long; then it is left alone.
+never_the_same:
+    mov $3000, %r8d
+1:  mov %r8d, %r9d
+    imul $0x9e3779b1, %r9d, %r9d
+    mov %r8d, %edx
+    and $3, %edx
+    lea 0xb8(%rdx), %eax        # mov $imm32, %eax, %ecx, %edx or %ebx
+    mov %al, 2f
+    mov %r9d, 2f + 1
+    call 3f
+    mov %r9d, %esi
+    CHECK "never the same", %rdi, %rsi
+    dec %r8d
+    jnz 1b
+    movb $0xb8, 2f
+    mov $1000, %r8d
+4:  call 3f
+    CHECK "left alone", %rdi, %rsi
+    dec %r8d
+    jnz 4b
+    ret
+    .balign 64
+3:  xor %edi, %edi
+    xor %eax, %eax
+    xor %ecx, %ecx
+    xor %ebx, %ebx
+    xor %edx, %edx
+2:  mov $0, %eax
+    or %ecx, %eax
+    or %edx, %eax
+    or %ebx, %eax
+    mov %eax, %edi
+    ret
 
 # APART n: what follows is an instruction whose immediate begins n bytes behind here and is
 # aligned.

@@ -121,15 +121,34 @@ guests! {
     cross_mod_of_8: "cross_mod", 8;
 }
 
+/// Runs a guest, which must pass; the first VCPU's statistics.
+fn statistics(guest: &str, vcpus: u32) -> serde_json::Value {
+    let stats = std::path::Path::new(env!("CARGO_TARGET_TMPDIR")).join(guest);
+    let stats = stats.with_extension("json");
+    passes_with(guest, vcpus, &["--stats", stats.to_str().unwrap()]);
+    let stats: serde_json::Value =
+        serde_json::from_str(&std::fs::read_to_string(&stats).unwrap()).unwrap();
+    stats["boots"][0]["vcpus"][0].clone()
+}
+
 /// The guest's loops did become paths.
 #[test]
 fn paths_are_made() {
-    let stats = std::path::Path::new(env!("CARGO_TARGET_TMPDIR")).join("paths.json");
-    passes_with("paths", 1, &["--stats", stats.to_str().unwrap()]);
-    let stats: serde_json::Value =
-        serde_json::from_str(&std::fs::read_to_string(&stats).unwrap()).unwrap();
-    let vcpu = &stats["boots"][0]["vcpus"][0];
+    let vcpu = statistics("paths", 1);
     assert!(vcpu["paths"].as_u64().unwrap() >= 8, "{vcpu}");
+}
+
+/// Code that is rewritten did go through all that makes it cheaper.
+#[test]
+fn rewritten_code_becomes_cheaper() {
+    let vcpu = statistics("patched", 2);
+    for (what, least) in [
+        ("run_time_immediates", 10),
+        ("revived_blocks", 1),
+        ("stepped_rewrites", 1000),
+    ] {
+        assert!(vcpu[what].as_u64().unwrap() >= least, "{what}: {vcpu}");
+    }
 }
 
 /// The guests for one VCPU, with both engines at once.

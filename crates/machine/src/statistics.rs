@@ -136,6 +136,7 @@ fn vcpu(index: usize, s: &VcpuStatistics, roles: RoleTotals) -> Value {
         "run_time_immediates": s.code.run_time_immediates,
         "revived_blocks": s.code.revived_blocks,
         "paths": s.code.paths,
+        "stepped_rewrites": s.code.stepped_rewrites,
         "roles": {
             "actor": roles.actor,
             "consumer": roles.consumer,

@@ -153,6 +153,8 @@ pub struct CodeStatistics {
     /// Blocks of an instruction that is rewritten often, with an immediate that is read at run
     /// time.
     pub run_time_immediates: u64,
+    /// Executions of instructions that are rewritten all the time, and stepped.
+    pub stepped_rewrites: u64,
     /// Paths over several blocks that were made.
     pub paths: u64,
     /// Translations used again because their bytes were what they had been.

@@ -211,6 +211,18 @@ impl Vcpu {
                 run_time = self.set_apart(&mut block, key.gpa).filter(|_| may_read);
                 used_first = run_time.map_or(block.len as usize, |(offset, _)| offset);
             }
+            if translated && run_time.is_none() && self.is_stepped(&block, key.gpa) {
+                // Without host code it is stepped.
+                let none = Range::new(key.gpa, key.gpa);
+                self.surroundings.code.statistics.stepped_rewrites += 1;
+                return Ok(Rc::new(CachedBlock::new(
+                    block,
+                    None,
+                    none,
+                    None,
+                    [None, None],
+                )));
+            }
             let first = Range {
                 lo: key.gpa,
                 hi: key.gpa + used_first as u64,
@@ -308,6 +320,13 @@ impl Vcpu {
             }
             self.release(traces);
         }
+    }
+
+    /// Whether the block is one instruction that is rewritten all the time.
+    fn is_stepped(&mut self, block: &Block, gpa: u64) -> bool {
+        let [op] = &block.ops[..] else { return false };
+        let range = Range::new(gpa, gpa + u64::from(op.len));
+        self.surroundings.code.patches.is_stepped(range)
     }
 
     /// Puts a translation that was set aside back, if its bytes are still what it was derived from

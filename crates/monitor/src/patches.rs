@@ -4,7 +4,8 @@
 //! Counted are the writes that invalidated something of this VCPU's. Bytes that were rewritten
 //! [`OFTEN`] times stand apart from then on: their instruction gets a block of its own (so that its
 //! neighbours live on), and if they lie in its immediate, the immediate is read at run time
-//! ([`trapline_engine::translate::tail`]) and its bytes are not traced at all.
+//! ([`trapline_engine::translate::tail`]) and its bytes are not traced at all. What is rewritten
+//! [`ALWAYS`] times all the same is stepped.
 
 use std::collections::BTreeMap;
 
@@ -12,6 +13,11 @@ use trapline_trace::Range;
 
 /// Writes after which bytes count as rewritten often.
 pub const OFTEN: u32 = 4;
+/// Writes after which an instruction is stepped rather than translated again, if nothing else has
+/// helped: translating it costs more than executing it ten times.
+pub const ALWAYS: u32 = 256;
+/// Executions without a write after which it is translated after all.
+const QUIET: u32 = 16;
 /// Longer writes replace code rather than patch it.
 const LONGEST: u64 = 16;
 /// The most places remembered: then all are forgotten.
@@ -21,6 +27,8 @@ const MOST: usize = 4096;
 struct Place {
     hi: u64,
     writes: u32,
+    /// Executions that were stepped since the last one.
+    stepped: u32,
 }
 
 /// The places that were written, by where they begin.
@@ -42,10 +50,30 @@ impl Patches {
         let place = self.places.entry(written.lo).or_insert(Place {
             hi: written.hi,
             writes: 0,
+            stepped: 0,
         });
+        place.stepped = 0;
         place.hi = place.hi.max(written.hi);
         place.writes = place.writes.saturating_add(1);
         place.writes == OFTEN
+    }
+
+    /// Whether the instruction in `range`, which is about to be executed, is to be stepped: it is
+    /// rewritten about as often as it is executed.
+    pub fn is_stepped(&mut self, range: Range) -> bool {
+        let from = range.lo.saturating_sub(LONGEST);
+        let mut places = self.places.range_mut(from..range.hi);
+        let always = |place: &Place| place.writes >= ALWAYS && place.hi > range.lo;
+        let Some((_, place)) = places.find(|(_, place)| always(place)) else {
+            return false;
+        };
+        place.stepped += 1;
+        if place.stepped <= QUIET {
+            return true;
+        }
+        // It has to be rewritten as often again.
+        place.writes = OFTEN;
+        false
     }
 
     /// The first place that is rewritten often and has bytes in `range`.
@@ -76,6 +104,34 @@ mod tests {
         assert_eq!(within(0x103, 0x104), Some(written));
         assert_eq!(within(0x105, 0x200), None);
         assert_eq!(within(0x0, 0x101), None);
+    }
+
+    #[test]
+    fn what_never_stops_changing_is_known() {
+        let mut patches = Patches::default();
+        for n in 1..=ALWAYS {
+            patches.note(Range::new(0x100, 0x101));
+            assert_eq!(patches.is_stepped(Range::new(0xfd, 0x102)), n == ALWAYS);
+        }
+        assert!(!patches.is_stepped(Range::new(0x101, 0x110)));
+        assert!(!patches.is_stepped(Range::new(0xf0, 0x100)));
+    }
+
+    #[test]
+    fn what_stops_changing_is_stepped_no_more() {
+        let mut patches = Patches::default();
+        let place = Range::new(0x100, 0x101);
+        for _ in 0..ALWAYS {
+            patches.note(place);
+        }
+        for _ in 0..3 {
+            // A write begins the count anew.
+            patches.note(place);
+            assert!((0..QUIET).all(|_| patches.is_stepped(place)));
+        }
+        assert!(!patches.is_stepped(place) && !patches.is_stepped(place));
+        patches.note(place);
+        assert!(!patches.is_stepped(place));
     }
 
     #[test]

@@ -96,7 +96,7 @@ impl Vcpu {
                 }
             };
             let Some(entry) = self.enter(&block, context) else {
-                // No RAM: nothing is translated there.
+                // Nothing is translated there: no RAM, or code that never stops changing.
                 self.step();
                 return;
             };
