@@ -22,7 +22,14 @@
 main64:
     call litmus_options
     call start_aps
-    COUNT WAKE
+    OPTION "cpus=", 0           # so many are there, however long they take
+    mov $1000000000, %ecx
+1:  cmp cpu_count, %rax
+    jbe 2f
+    pause
+    dec %ecx
+    jnz 1b
+2:  COUNT WAKE
     sti
     PRINT "litmus: "
     mov cpu_count, %rax

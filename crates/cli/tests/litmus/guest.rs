@@ -101,6 +101,8 @@ pub fn run(vcpus: u32, guest_options: &str, options: &[&str]) -> Run {
     let number = RUNS.fetch_add(1, Ordering::Relaxed);
     let stats = image.with_file_name(format!("stats-{}-{number}.json", std::process::id()));
     let _machine = MACHINE.lock().unwrap_or_else(PoisonError::into_inner);
+    // On a busy host some come late.
+    let guest_options = &format!("cpus={vcpus} {guest_options}");
     let output = Command::new(env!("CARGO_BIN_EXE_trapline"))
         .args(["run", "--serial", "tty", "--timeout", "600", "--kernel"])
         .arg(image)
