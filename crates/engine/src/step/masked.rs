@@ -198,8 +198,9 @@ pub fn native_masked<E: Environment>(
     let offset = (start & 63) as usize;
     let (places, limit) = places(core, i, active, kind);
     let told = |core: &Core<'_, E>, fault| run::comes_first(core.cpu, thunk, start, size, fault);
-    // Elements that are accessed singly are aligned as such; VMASKMOV is never checked (measured).
-    if i.encoding() == EncodingKind::EVEX && active.0 != 0 && limit.is_ok() {
+    // Elements that are accessed singly are aligned as such, which is seen at the first that the
+    // segment holds; VMASKMOV is never checked (measured).
+    if i.encoding() == EncodingKind::EVEX && !places.is_empty() {
         core.check_alignment(start, active.1, privilege)
             .map_err(|fault| told(core, fault.into()))?;
     }
