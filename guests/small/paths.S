@@ -6,9 +6,8 @@
 .include "lib/boot.inc"
 .include "lib/apic.inc"
 .include "lib/smp.inc"
+.include "lib/warm.inc"
 
-.set TICKS, 40                  # interrupts that make a loop hot
-.set PERIOD, 100000             # ticks of the bus clock between them
 .set TURNS, 100                 # of a loop in a call of it
 .set ROUNDS, 6
 .set ALIAS, 0x8000000000        # linear address of far_a or far_b
@@ -17,17 +16,7 @@
     .code64
 main64:
     call map_alias
-    mov $0xc0000101, %ecx       # GS base, for the counted interrupts
-    mov $percpu, %eax
-    xor %edx, %edx
-    wrmsr
-    movq $1, cpu_count
-    call apic_enable
-    movq $count_interrupt, handlers + 8 * 0x51
-    APIC_WRITE APIC_DIVIDE, $0xb
-    APIC_WRITE APIC_TIMER, $0x20051
-    APIC_WRITE APIC_INITIAL_COUNT, $PERIOD
-    sti
+    call start_ticking
     mov $ROUNDS, %r15d
 1:  call rewritten
     call remapped
@@ -38,8 +27,7 @@ main64:
     call faulting
     dec %r15d
     jnz 1b
-    cli
-    APIC_WRITE APIC_INITIAL_COUNT, $0
+    call stop_ticking
     FINISH "paths"
 
 map_alias:
@@ -60,18 +48,6 @@ alias_pt: .skip 4096
 data_page: .skip 4096
 sum: .quad 0
     .text
-
-# WARM routine: calls it until the timer has interrupted it TICKS times.
-.macro WARM routine:req
-    mov $\routine, %ebp
-    call warm
-.endm
-warm:
-    movl $0, hits + 4 * 0x51
-1:  call *%rbp
-    cmpl $TICKS, hits + 4 * 0x51
-    jb 1b
-    ret
 
 # The callee lies on another page; it returns what is to be added.
 loop_far:

@@ -109,6 +109,8 @@ guests! {
     selfmod_beside_idle_vcpus: "selfmod", 4;
     paths: "paths", 1;
     paths_beside_an_idle_vcpu: "paths", 2;
+    loops: "loops", 1;
+    loops_beside_an_idle_vcpu: "loops", 2;
     patched: "patched", 2;
     patched_beside_idle_vcpus: "patched", 4;
     smp_of_2: "smp", 2;
@@ -131,11 +133,13 @@ fn statistics(guest: &str, vcpus: u32) -> serde_json::Value {
     stats["boots"][0]["vcpus"][0].clone()
 }
 
-/// The guest's loops did become paths.
+/// The guests' loops did become paths.
 #[test]
 fn paths_are_made() {
-    let vcpu = statistics("paths", 1);
-    assert!(vcpu["paths"].as_u64().unwrap() >= 8, "{vcpu}");
+    for guest in ["paths", "loops"] {
+        let vcpu = statistics(guest, 1);
+        assert!(vcpu["paths"].as_u64().unwrap() >= 8, "{guest}: {vcpu}");
+    }
 }
 
 /// Code that is rewritten did go through all that makes it cheaper.
@@ -171,6 +175,10 @@ mod lockstep {
     #[test]
     fn paths() {
         passes("paths");
+    }
+    #[test]
+    fn loops() {
+        passes("loops");
     }
     #[test]
     fn paging() {

@@ -88,7 +88,7 @@ pub mod field {
     /// Host addresses that several accesses of a block share.
     pub const SHARED: i32 = 312;
     /// How many of them.
-    pub const SHARED_COUNT: usize = 4;
+    pub const SHARED_COUNT: usize = 6;
     /// The kind of the access that missed.
     pub const MISSED_KIND: i32 = SHARED + 8 * SHARED_COUNT as i32;
     /// An immediate that was read from guest memory.

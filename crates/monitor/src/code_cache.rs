@@ -311,6 +311,11 @@ impl CodeCache {
         self.earlier.take(key, bytes)
     }
 
+    /// Removes the block with this key, if there is one. None of its code may be running.
+    pub fn drop_block(&mut self, key: Key) {
+        self.remove(key);
+    }
+
     fn remove(&mut self, key: Key) -> bool {
         let Some(block) = self.blocks.remove(&key) else {
             return false;

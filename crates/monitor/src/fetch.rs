@@ -280,6 +280,7 @@ impl Vcpu {
                             context,
                             page,
                             unshared,
+                            wary: false,
                             run_time: immediate,
                         };
                         match self.translate_block(source) {

@@ -9,7 +9,7 @@
 
 use std::rc::Rc;
 
-use foldhash::HashMap;
+use foldhash::{HashMap, HashSet};
 use iced_x86::{FlowControl, Instruction};
 
 use trapline_engine::decode::block::may_be_followed;
@@ -52,6 +52,8 @@ pub(crate) struct Heat {
     attempts: HashMap<Place, u8>,
     /// Where paths start that were made, and whether they lead back there.
     heads: HashMap<Place, bool>,
+    /// Where loops start that were once led elsewhere by what their registers held.
+    misled: HashSet<Place>,
     /// The place from which a path is to be recorded when it is next come to.
     wanted: Option<Place>,
 }
@@ -62,6 +64,7 @@ impl Default for Heat {
             counts: Box::new([Count::default(); PLACES]),
             attempts: HashMap::default(),
             heads: HashMap::default(),
+            misled: HashSet::default(),
             wanted: None,
         }
     }
@@ -119,6 +122,14 @@ impl Heat {
         self.attempts.insert(place, ATTEMPTS);
     }
 
+    /// The path of the loop that starts here was led elsewhere.
+    fn add_misled(&mut self, place: Place) {
+        if self.misled.len() >= MOST {
+            self.misled.clear();
+        }
+        self.misled.insert(place);
+    }
+
     /// There is no path here (any more).
     pub fn lost(&mut self, rip: u64, context: u8) {
         self.heads.remove(&(rip, context));
@@ -152,6 +163,9 @@ pub(crate) struct Recorder {
     /// Where recording began.
     from: u64,
     next: u64,
+    /// The last instruction was a branch of any kind; and one before it was.
+    branches: bool,
+    branched: bool,
     /// A path that is no loop will do.
     straight: bool,
 }
@@ -162,6 +176,8 @@ impl Recorder {
             rips: Vec::new(),
             from: head,
             next: head,
+            branches: false,
+            branched: false,
             straight,
         }
     }
@@ -181,6 +197,8 @@ impl Recorder {
         // A repeated one is executed several times.
         if self.rips.last() != Some(&rip) {
             self.rips.push(rip);
+            self.branched |= self.branches;
+            self.branches = instruction.flow_control() != FlowControl::Next;
         }
         let direct = matches!(
             instruction.flow_control(),
@@ -192,15 +210,20 @@ impl Recorder {
         if self.rips.first() == Some(&next) {
             return Progress::Loop;
         }
-        if is_loop(next) {
+        // What is no more than a block is left to blocks: it may be the start of a loop around that one.
+        if self.branched && is_loop(next) {
             return Progress::ToLoop;
         }
         if self.rips.len() >= LONGEST {
             return Progress::TooLong;
         }
         if direct && next < rip && next == instruction.near_branch_target() {
+            if is_loop(next) {
+                return Progress::Broken;
+            }
             // A loop: only what is in it.
             self.rips.clear();
+            (self.branches, self.branched) = (false, false);
         }
         Progress::GoesOn
     }
@@ -362,11 +385,31 @@ impl Vcpu {
             traces,
         );
         let _: Rc<CachedBlock> = self.surroundings.code.insert(key, cached);
-        // The block that was here is not to be found any more.
+        // The block that was here.
+        self.forget_removed();
+        Some(())
+    }
+
+    /// Drops the path at RIP: its loop calls or jumps elsewhere now. The next one looks in each turn.
+    #[cold]
+    pub(crate) fn drop_misled_path(&mut self, context: Context) {
+        let rip = self.cpu.rip;
+        self.heat.add_misled((rip, context.number()));
+        self.heat.lost(rip, context.number());
+        if let Ok((gpa, _)) = self.translate_fetch(rip) {
+            self.surroundings
+                .code
+                .drop_block(path_key(gpa, rip, context));
+            self.forget_removed();
+            self.tlb.bump_epoch();
+        }
+    }
+
+    /// Blocks that were removed are not to be found any more.
+    fn forget_removed(&mut self) {
         for rip in self.surroundings.code.take_removed() {
             self.tlb.remove_jump(rip);
         }
-        Some(())
     }
 
     /// Protects the pieces, reads them again, and translates.
@@ -410,6 +453,7 @@ impl Vcpu {
             context,
             page: pieces.first()?.range.lo >> 12,
             unshared: false,
+            wary: self.heat.misled.contains(&(block.rip, number)),
             run_time: None,
         };
         self.translate_block(source).ok()
@@ -534,12 +578,30 @@ mod tests {
 
     #[test]
     fn a_path_ends_where_a_loop_begins() {
+        let mut recorder = Recorder::new(0x1004, false);
+        let progress = record(&mut recorder, &[0x1004, 0x1006, 0x1007, 0x1000], |rip| {
+            rip == 0x1000
+        });
+        assert_eq!(progress, Progress::ToLoop);
+        assert_eq!(recorder.rips, [0x1004, 0x1006, 0x1007]);
+    }
+
+    #[test]
+    fn a_block_that_leads_to_a_loop_may_be_in_one_around_it() {
+        let mut recorder = Recorder::new(0x1000, false);
+        // Once through the inner loop, which begins at 0x1001, and back.
+        let way = [0x1000, 0x1001, 0x1002, 0x1004, 0x1006, 0x1007, 0x1000];
+        let progress = record(&mut recorder, &way, |rip| rip == 0x1001);
+        assert_eq!((progress, &recorder.rips[..]), (Progress::Loop, &way[..6]));
+    }
+
+    #[test]
+    fn a_loop_that_has_a_path_is_not_recorded_again() {
         let mut recorder = Recorder::new(0x1002, false);
         let progress = record(&mut recorder, &[0x1002, 0x1004, 0x1000], |rip| {
             rip == 0x1000
         });
-        assert_eq!(progress, Progress::ToLoop);
-        assert_eq!(recorder.rips, [0x1002, 0x1004]);
+        assert_eq!(progress, Progress::Broken);
     }
 
     #[test]

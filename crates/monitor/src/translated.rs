@@ -174,6 +174,12 @@ impl Vcpu {
                     self.heat.note(rip, Context::of(&self.cpu).number());
                     After::Attention
                 }
+                Some(Site::Misled { rip }) => {
+                    self.cpu.rip = rip;
+                    self.came_from = From::Elsewhere;
+                    self.drop_misled_path(Context::of(&self.cpu));
+                    After::GoOn
+                }
                 None => After::Attention,
             },
             Left::Turn(turn) => {

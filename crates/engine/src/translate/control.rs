@@ -12,7 +12,7 @@ use super::assembler::{Mem, reg};
 use super::emit::{Emitter, StackEffect};
 use super::memory::{Address, Look};
 use super::registers::{ADDRESS, COUNT, GUEST_RBP, GUEST_RSP, INDEX, STACK, home, host};
-use super::shared::{Access, Effect, access};
+use super::values::{Access, Effect, access};
 use crate::tlb::Privilege;
 
 /// Hints that access nothing as far as the guest can tell.
@@ -256,7 +256,7 @@ impl Emitter<'_> {
         }
     }
 
-    fn load_guest(&mut self, to: u8, guest: usize) {
+    pub(super) fn load_guest(&mut self, to: u8, guest: usize) {
         match host(guest) {
             Some(host) => self.asm.mov(to, host),
             None => self.asm.load(to, home(guest)),

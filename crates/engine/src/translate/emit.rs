@@ -13,8 +13,9 @@ use super::immediate::RunTime;
 use super::memory::{Address, Look};
 use super::plain::Plan;
 use super::registers::{ADDRESS, COUNT, INDEX};
-use super::shared::{Access, Effect, Move, Shares};
+use super::shared::Shares;
 use super::stubs::Stubs;
+use super::values::{Access, Effect, Move};
 use crate::decode::op::FlatAddress;
 use crate::native::ThunkError;
 use crate::tlb::Tlb;
@@ -41,6 +42,9 @@ pub enum Site {
     Branch { rip: u64, effect: StackEffect },
     /// At a block's start: something asks for attention.
     Attention { rip: u64 },
+    /// At the start of a path that is a loop: a branch that its registers lead always leads
+    /// elsewhere this time.
+    Misled { rip: u64 },
 }
 
 /// What an indirect branch does to the stack.
@@ -74,6 +78,8 @@ pub(super) enum Deferred {
         operation: usize,
         access: usize,
     },
+    /// What is needed before a loop, perhaps this look-up, is not so.
+    NoLoop { label: Label, look: Option<Look> },
     /// Leave by a site.
     Leave { label: Label, site: usize },
     /// A taken branch to another page.
@@ -126,19 +132,22 @@ pub(super) struct Emitter<'a> {
     /// The group whose window's host address is in ADDRESS.
     pub address_holds: Option<usize>,
     unshared: bool,
+    pub wary: bool,
     /// There were too few cells.
     full: bool,
     pub unsupported: bool,
+    /// In a path that is a loop: where its turns begin.
+    pub again: Option<Label>,
     /// The linear pages that a path has looked at.
     pub pages: Vec<u64>,
-    is_path: bool,
+    pub is_path: bool,
     /// Where the bytes of the operation that is being treated stand in `guest`.
     at: usize,
     pub encoder: &'a mut Encoder,
     pub deferred: Vec<Deferred>,
     /// The index of the operation being emitted.
     pub operation: usize,
-    block: &'a Block,
+    pub block: &'a Block,
     /// The guest's bytes.
     guest: &'a [u8],
     /// Bytes from the arena's start to this block's code.
@@ -172,6 +181,8 @@ pub(super) struct Request<'a> {
     pub first_site: usize,
     /// Each access is looked up by itself.
     pub unshared: bool,
+    /// A loop looks at each branch where that leads, in each turn.
+    pub wary: bool,
     /// Gives out cells.
     pub tlb: &'a mut Tlb,
 }
@@ -198,8 +209,10 @@ pub(super) fn emit(
         shares: Shares::default(),
         address_holds: None,
         unshared: request.unshared,
+        wary: request.wary,
         full: false,
         unsupported: false,
+        again: None,
         pages: vec![block.rip >> 12],
         is_path: block.is_path(),
         at: 0,
@@ -219,6 +232,11 @@ pub(super) fn emit(
     let treatments = emitter.treat(factory)?;
     emitter.poll();
     let entry = emitter.asm.here();
+    if emitter.shares.is_loop() {
+        let vectors =
+            |treatment: &Treatment| matches!(treatment, Treatment::Plain(plan, _) if plan.vectors);
+        emitter.start_loop(treatments.iter().any(vectors));
+    }
     let mut open = true;
     for (n, (op, treatment)) in block.ops.iter().zip(treatments).enumerate() {
         emitter.operation = n;
@@ -318,7 +336,6 @@ impl Emitter<'_> {
         factory: &mut InstructionInfoFactory,
     ) -> Result<Vec<Treatment>, ThunkError> {
         let mut treatments = Vec::with_capacity(self.block.ops.len());
-        let mut effects = Vec::with_capacity(self.block.ops.len());
         let mut on_groups = Vec::with_capacity(self.block.ops.len());
         let mut forms = Vec::with_capacity(self.block.ops.len());
         for op in &self.block.ops {
@@ -334,30 +351,30 @@ impl Emitter<'_> {
             };
             self.at += len;
             on_groups.push(self.effect(op, form.as_ref(), &treatment));
-            effects.push(match (&treatment, &form) {
-                (Treatment::Assist, _) => (STATUS, 0),
-                _ if op.instruction.mnemonic() == Mnemonic::Pushfq => (STATUS, 0),
-                (_, Some(form)) => (form.flags_in, form.flags_determined),
-                // Moves and stack operations touch none; branches read some or leave.
-                _ if op.ends_block() => (STATUS, 0),
-                _ => (0, 0),
-            });
             treatments.push(treatment);
             forms.push(form);
         }
+        if !self.unshared && self.same_page(self.block.rip) {
+            self.shares = Shares::of(on_groups, self.leads_back());
+        }
         let mut live = STATUS;
-        self.live = vec![0; effects.len()];
+        self.live = vec![0; treatments.len()];
         let page = |n: usize| self.block.ops.get(n).map(|op| op.instruction.ip() >> 12);
-        for (n, (read, determined)) in effects.into_iter().enumerate().rev() {
+        for (n, op) in self.block.ops.iter().enumerate().rev() {
+            let (read, determined) = match (treatments.get(n), forms.get(n)) {
+                (Some(Treatment::Assist), _) => (STATUS, 0),
+                _ if op.instruction.mnemonic() == Mnemonic::Pushfq => (STATUS, 0),
+                (_, Some(Some(form))) => (form.flags_in, form.flags_determined),
+                // Moves and stack operations touch none; branches read some or leave.
+                _ if op.ends_block() => (STATUS, 0),
+                _ => (0, 0),
+            };
             if page(n + 1) != page(n) {
                 // A path may end here.
                 live = STATUS;
             }
             live = live & !determined | read;
             self.live[n] = live;
-        }
-        if !self.unshared && self.same_page(self.block.rip) {
-            self.shares = Shares::of(&on_groups);
         }
         for (n, treatment) in treatments.iter_mut().enumerate() {
             let (Treatment::Plain(plan, Some(look)) | Treatment::RunTime(plan, Some(look))) =
@@ -498,7 +515,7 @@ impl Emitter<'_> {
     }
 
     /// Leaves if something asks for attention.
-    fn poll(&mut self) {
+    pub(super) fn poll(&mut self) {
         let label = self.leave(Site::Attention {
             rip: self.block.rip,
         });
@@ -576,6 +593,14 @@ impl Emitter<'_> {
         self.operation + 1 < self.block.ops.len()
     }
 
+    /// Whether the block is a path whose last branch leads to its start.
+    fn leads_back(&self) -> bool {
+        self.is_path
+            && self.block.ops.last().is_some_and(|op| {
+                matches!(op.kind, OpKind::Jump | OpKind::JumpIf(_)) && op.target == self.block.rip
+            })
+    }
+
     /// Whether a direct branch to `target` needs no look at the translation of its page: that of
     /// this block holds for it too.
     fn same_page(&self, target: u64) -> bool {
@@ -641,9 +666,17 @@ impl Emitter<'_> {
         }
     }
 
+    /// Where a branch to `target` goes that starts the next turn of a loop.
+    fn next_turn(&self, target: u64) -> Option<Label> {
+        self.again
+            .filter(|_| target == self.block.rip && !self.is_followed())
+    }
+
     /// A conditional branch.
     pub(super) fn branch_if(&mut self, condition: u8, target: u64) {
-        if self.same_page(target) {
+        if let Some(again) = self.next_turn(target) {
+            self.asm.jump_if(condition, again);
+        } else if self.same_page(target) {
             let (label, site) = self.link(target);
             let at = self.asm.jump_if(condition, label);
             self.linked(site, at);
@@ -656,7 +689,9 @@ impl Emitter<'_> {
 
     /// Goes on at a constant address.
     pub(super) fn go_to(&mut self, target: u64) {
-        if self.same_page(target) {
+        if let Some(again) = self.next_turn(target) {
+            self.asm.jump(again);
+        } else if self.same_page(target) {
             let (label, site) = self.link(target);
             let at = self.asm.jump(label);
             self.linked(site, at);
@@ -741,6 +776,11 @@ impl Emitter<'_> {
                     self.operation = operation;
                     self.point(operation);
                     self.window_missed(label, found, window, look, access);
+                }
+                Deferred::NoLoop { label, look } => {
+                    self.operation = 0;
+                    self.point(0);
+                    self.no_loop(label, look);
                 }
                 Deferred::Leave { label, site } => {
                     self.asm.bind(label);

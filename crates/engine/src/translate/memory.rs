@@ -126,12 +126,7 @@ impl Emitter<'_> {
             }
             return share.offset;
         }
-        let window = Look {
-            address: Address::Flat(group.window()),
-            size: group.size(),
-            write: group.write,
-            keep_flags: look.keep_flags,
-        };
+        let window = group.look(look.keep_flags);
         let (miss, found) = (self.asm.label(), self.asm.label());
         self.form_address(window.address);
         self.find(window, miss);
@@ -147,6 +142,37 @@ impl Emitter<'_> {
         });
         self.address_holds = Some(share.group);
         share.offset
+    }
+
+    /// Looks up what is the same in all turns of a loop, which does not start if something misses.
+    pub(super) fn look_up_before_loop(&mut self) {
+        let keep_flags = self.flags_live();
+        let windows: Vec<(Look, i32)> = self
+            .shares
+            .groups
+            .iter()
+            .filter(|group| group.before_loop)
+            .map(|group| (group.look(keep_flags), group.field))
+            .collect();
+        for (window, kept) in windows {
+            let label = self.asm.label();
+            self.form_address(window.address);
+            self.find(window, label);
+            self.asm.store(Mem::field(kept), ADDRESS);
+            self.deferred.push(Deferred::NoLoop {
+                label,
+                look: Some(window),
+            });
+        }
+    }
+
+    /// Executes the turn in the unshared translation.
+    pub(super) fn no_loop(&mut self, label: Label, look: Option<Look>) {
+        match look {
+            Some(look) => self.missed(label, look),
+            None => self.asm.bind(label),
+        }
+        self.go_on_unshared();
     }
 
     fn look_up_at(&mut self, look: Look, access: usize) {

@@ -32,6 +32,7 @@ mod registers;
 mod run;
 mod shared;
 mod stubs;
+mod values;
 
 use iced_x86::{Encoder, InstructionInfoFactory};
 use trapline_x86::control::{cr0, cr4, dr7, rflags};
@@ -151,6 +152,9 @@ pub struct Source<'a> {
     pub page: u64,
     /// Each access is to look up its address by itself.
     pub unshared: bool,
+    /// It is a path of a loop that was once led elsewhere by what its registers held
+    /// ([`Site::Misled`]): it is to look at that in each turn.
+    pub wary: bool,
     /// The block is one operation that has a [`tail`], which is read each time it executes.
     pub run_time: Option<RunTime>,
 }
@@ -226,6 +230,7 @@ impl Translator {
             context,
             page,
             unshared,
+            wary,
             run_time,
         } = source;
         let start = self.arena.next();
@@ -242,6 +247,7 @@ impl Translator {
             offset,
             first_site: self.sites.len(),
             unshared,
+            wary,
             tlb,
         };
         let emitted = emit::emit(request, &mut self.encoder, &mut self.factory)?;

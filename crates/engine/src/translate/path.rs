@@ -8,15 +8,19 @@
 //! was made (see [`crate::jumps`]). Nothing within a path changes translations or code without
 //! leaving it, so once is enough; the first page was looked up to find the path.
 //!
+//! A path that is a loop has all that before it which is the same in every turn ([`Emitter::start_loop`]):
+//! the looks at pages, branches to what a register holds that it does not change, look-ups. Its last
+//! branch leads to behind that.
+//!
 //! So a path needs no poll, no look at the jump tables, and shares look-ups ([`super::shared`])
 //! across branches.
 
 use crate::decode::Op;
-use crate::decode::op::OpKind;
+use crate::decode::op::{OpKind, RegOperand};
 use crate::frame::jump_cell;
 
-use super::assembler::Mem;
-use super::emit::{Deferred, Emitter, StackEffect};
+use super::assembler::{Label, Mem};
+use super::emit::{Deferred, Emitter, Site, StackEffect};
 use super::registers::{ADDRESS, COUNT, INDEX, STACK};
 
 impl Emitter<'_> {
@@ -35,22 +39,82 @@ impl Emitter<'_> {
                 }
             }
             OpKind::Call => self.push_constant(op.instruction.next_ip()),
-            OpKind::JumpIndirect => {
-                self.load_operand(op);
-                self.expect(next);
-            }
+            OpKind::JumpIndirect => self.expect_operand(op, next),
             OpKind::CallIndirect => {
-                self.load_operand(op);
-                self.expect(next);
+                self.expect_operand(op, next);
                 self.push_constant(op.instruction.next_ip());
             }
             OpKind::Return(extra) => {
-                self.load_return_address();
-                self.expect(next);
+                if !self.returns_to(next) {
+                    self.load_return_address();
+                    self.expect(next);
+                }
                 self.asm.lea(STACK, Mem::base(STACK, 8 + i32::from(extra)));
             }
             _ => {}
         }
+    }
+
+    /// Leaves the path unless the branch's operand is the address `next`.
+    fn expect_operand(&mut self, op: &Op, next: u64) {
+        if self.constant_operand(self.operation, op).is_none() {
+            self.load_operand(op);
+            self.expect(next);
+        }
+    }
+
+    /// The register that an indirect branch takes its target from, if that is the same in every turn.
+    fn constant_operand(&self, operation: usize, op: &Op) -> Option<usize> {
+        let register = RegOperand::new(op.instruction.op0_register())?;
+        let guest = usize::from(register.index);
+        let indirect = matches!(op.kind, OpKind::JumpIndirect | OpKind::CallIndirect);
+        (indirect && !self.wary && self.shares.is_constant(operation, guest)).then_some(guest)
+    }
+
+    /// Whether the current operation, a return, finds what a call of the path pushed for `next`. Were
+    /// another VCPU to write there meanwhile, this one might still see its own store.
+    fn returns_to(&self, next: u64) -> bool {
+        let writer = self.shares.writer_of(self.operation, 1);
+        let writer = writer.and_then(|n| self.block.ops.get(n));
+        writer.is_some_and(|op| {
+            matches!(op.kind, OpKind::Call | OpKind::CallIndirect)
+                && op.instruction.next_ip() == next
+        })
+    }
+
+    /// What a loop does before its first turn. If something is not as it was when the path was made,
+    /// the turn is executed in another translation; if that is what leads its branches, the path is
+    /// left, to be made anew.
+    ///
+    /// Then the turns begin, with a poll but for the first.
+    pub(super) fn start_loop(&mut self, vectors: bool) {
+        self.operation = 0;
+        let label = self.asm.label();
+        self.deferred.push(Deferred::NoLoop { label, look: None });
+        let block = self.block;
+        let mut misled = None;
+        for (n, pair) in block.ops.windows(2).enumerate() {
+            let [op, next] = pair else { continue };
+            let next = next.instruction.ip();
+            if let Some(guest) = self.constant_operand(n, op) {
+                let rip = block.rip;
+                let misled = *misled.get_or_insert_with(|| self.leave(Site::Misled { rip }));
+                self.load_guest(ADDRESS, guest);
+                self.unless_equal(ADDRESS, next, misled);
+            }
+            self.look_at_page(next, label);
+        }
+        self.look_up_before_loop();
+        if vectors {
+            self.ensure_vectors();
+        }
+        self.address_holds = None;
+        let (again, turn) = (self.asm.label(), self.asm.label());
+        self.asm.jump(turn);
+        self.asm.bind(again);
+        self.poll();
+        self.asm.bind(turn);
+        self.again = Some(again);
     }
 
     /// Leaves the path unless ADDRESS is the address `next`.
@@ -64,7 +128,7 @@ impl Emitter<'_> {
     }
 
     /// Jumps to `label` unless a register holds `value`. Clobbers RCX.
-    fn unless_equal(&mut self, register: u8, value: u64, label: super::assembler::Label) {
+    fn unless_equal(&mut self, register: u8, value: u64, label: Label) {
         let a = &mut self.asm;
         match i32::try_from(value.wrapping_neg() as i64) {
             Ok(difference) => a.lea(COUNT, Mem::base(register, difference)),
@@ -102,9 +166,23 @@ impl Emitter<'_> {
         }
     }
 
-    /// Looks whether the page of `next` is the one that the path was made for, if it has not been
+    /// Leaves the path unless the page of `next` is the one that it was made for, if it has not been
     /// looked at yet.
     pub(super) fn enter_page(&mut self, next: u64) {
+        if self.pages.contains(&(next >> 12)) {
+            return;
+        }
+        let label = self.asm.label();
+        self.deferred.push(Deferred::Jump {
+            label,
+            target: next,
+        });
+        self.look_at_page(next, label);
+    }
+
+    /// Jumps to `label` unless the page of `next` is the one that the path was made for, if it has not
+    /// been looked at yet.
+    fn look_at_page(&mut self, next: u64, label: Label) {
         let page = next >> 12;
         if self.pages.contains(&page) {
             return;
@@ -118,11 +196,6 @@ impl Emitter<'_> {
             self.unsupported = true;
             return;
         };
-        let label = self.asm.label();
-        self.deferred.push(Deferred::Jump {
-            label,
-            target: next,
-        });
         self.asm.load(INDEX, Mem::field(jump_cell(cell)));
         self.unless_equal(INDEX, host, label);
     }

@@ -11,188 +11,23 @@
 //! What a look-up found stays right until the block ends, but for what helpers do: behind a helper
 //! that filled the TLB, every group that is still in use is looked up again; other helpers end all
 //! groups.
+//!
+//! In a path that is a loop, the groups whose address is the same in every turn are looked up once
+//! before the loop, and are in use everywhere: between turns there is nothing but a poll, which
+//! leaves the path if anything is to be done that could change a look-up.
 
 use crate::decode::op::{FlatAddress, NO_REGISTER};
 use crate::frame::field;
 
+use super::memory::{Address, Look};
+use super::values::{Access, Effect, Form, Value, Values};
+
 /// The largest window in bytes: the larger, the more of them cross a page.
 const WINDOW: i64 = 1024;
-/// Beyond this distance from its registers nothing is shared: a window's displacement, at the
-/// leader and wherever it is looked up again, has to fit in 32 bits.
-const FAR: u64 = 1 << 28;
-
-/// An access, by the registers' values before the operation.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Access {
-    pub address: FlatAddress,
-    pub size: u16,
-    pub write: bool,
-}
-
-/// A register that gets the value of one, perhaps itself, plus a constant.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Move {
-    pub to: usize,
-    pub from: usize,
-    pub by: i32,
-}
-
-/// What an operation means for the groups.
-#[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Effect {
-    /// The accesses in their order: of the operand, of the stack.
-    pub accesses: [Option<Access>; 2],
-    /// Registers that get a value of which nothing is known, a bit each.
-    pub written: u16,
-    /// One that gets a value that is known from before.
-    pub moved: Option<Move>,
-    /// A helper executes it, or the bases of segments change.
-    pub barrier: bool,
-}
-
-impl Effect {
-    /// A constant is added to a register.
-    pub fn adjusted(register: usize, by: i32) -> Option<Move> {
-        Some(Move {
-            to: register,
-            from: register,
-            by,
-        })
-    }
-}
-
+/// Look-ups that a loop has made before it at most: the others need places, too.
+const BEFORE_LOOP: usize = field::SHARED_COUNT - 3;
 /// A place in the block: operation and access.
 type Position = (usize, usize);
-
-/// What a register holds: something unknown, which has a number, plus a constant.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Value {
-    root: u32,
-    offset: i64,
-}
-
-/// What all registers hold.
-#[derive(Clone, Debug)]
-struct Values {
-    registers: [Value; 16],
-    roots: u32,
-}
-
-impl Default for Values {
-    fn default() -> Self {
-        let registers = std::array::from_fn(|n| Value {
-            root: n as u32,
-            offset: 0,
-        });
-        Self {
-            registers,
-            roots: 16,
-        }
-    }
-}
-
-impl Values {
-    fn get(&self, register: u8) -> Option<Value> {
-        (register != NO_REGISTER).then(|| self.registers[usize::from(register & 15)])
-    }
-
-    fn forget(&mut self, register: usize) {
-        self.registers[register & 15] = Value {
-            root: self.roots,
-            offset: 0,
-        };
-        self.roots += 1;
-    }
-
-    /// What they hold behind an operation.
-    fn apply(&mut self, effect: &Effect) {
-        if effect.barrier {
-            // Whatever the helper did.
-            (0..16).for_each(|register| self.forget(register));
-            return;
-        }
-        let moved = effect.moved.map(|moved| {
-            let from = self.registers[moved.from & 15];
-            let offset = from.offset + i64::from(moved.by);
-            (moved.to & 15, Value { offset, ..from })
-        });
-        for register in (0..16).filter(|register| effect.written >> register & 1 != 0) {
-            self.forget(register);
-        }
-        match moved {
-            Some((to, _)) if effect.written >> to & 1 != 0 => {}
-            Some((to, value)) if value.offset.unsigned_abs() > FAR => self.forget(to),
-            Some((to, value)) => self.registers[to] = value,
-            None => {}
-        }
-    }
-
-    /// What an address is formed from, and how far it is from that.
-    fn form(&self, address: &FlatAddress) -> (Form, i64) {
-        let (base, index) = (self.get(address.base), self.get(address.index));
-        let scale = address.scale & 3;
-        let form = Form {
-            base: base.map(|value| value.root),
-            index: index.map(|value| (value.root, scale)),
-            segment: address.segment,
-        };
-        let base = base.map_or(0, |value| value.offset);
-        (form, base + index.map_or(0, |value| value.offset << scale))
-    }
-
-    /// The register that is nearest to a root, and how far it is from that.
-    fn holder(&self, root: u32) -> Option<(u8, i64)> {
-        let numbered = self.registers.iter().enumerate();
-        let (number, value) = numbered
-            .filter(|(_, value)| value.root == root)
-            .min_by_key(|(_, value)| value.offset.unsigned_abs())?;
-        Some((number as u8, value.offset))
-    }
-
-    /// The address at a distance from what it is formed from, if there is still all that it takes
-    /// and its displacement fits.
-    fn address(&self, form: &Form, displacement: i64) -> Option<FlatAddress> {
-        let part = |root: Option<u32>| match root {
-            Some(root) => self.holder(root),
-            None => Some((NO_REGISTER, 0)),
-        };
-        let (base, from_base) = part(form.base)?;
-        let (index, from_index) = part(form.index.map(|(root, _)| root))?;
-        let scale = form.index.map_or(0, |(_, scale)| scale);
-        let offset = from_base + (from_index << scale);
-        let displacement = displacement.wrapping_sub(offset);
-        let fits = i32::try_from(displacement).is_ok();
-        let absolute = form.base.is_none() && form.index.is_none();
-        (fits || absolute).then_some(FlatAddress {
-            base,
-            index,
-            scale,
-            segment: form.segment,
-            displacement: displacement as u64,
-        })
-    }
-}
-
-/// What an address is formed from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Form {
-    base: Option<u32>,
-    index: Option<(u32, u8)>,
-    segment: u8,
-}
-
-impl Form {
-    /// Whether a distance from it is too far to be shared. Without registers it is the address
-    /// itself, which has 64 bits.
-    fn is_far(&self, distance: i64) -> bool {
-        let limit = if self.base.is_none() && self.index.is_none() {
-            1 << 62
-        } else {
-            FAR
-        };
-        distance.unsigned_abs() > limit
-    }
-}
 
 #[derive(Clone, Debug)]
 pub(super) struct Group {
@@ -206,6 +41,8 @@ pub(super) struct Group {
     pub write: bool,
     /// Where in the frame the window's host address is kept.
     pub field: i32,
+    /// It is looked up before the loop, and has no leader.
+    pub before_loop: bool,
     first: Position,
     last: Position,
 }
@@ -226,6 +63,10 @@ pub(super) struct Shares {
     shares: Vec<[Option<Share>; 2]>,
     /// What the registers hold before each operation.
     values: Vec<Values>,
+    effects: Vec<Effect>,
+    /// The registers that hold the same whenever the block starts anew, if it is a loop without
+    /// helpers.
+    unchanged: Option<u16>,
 }
 
 struct Open {
@@ -234,11 +75,30 @@ struct Open {
 }
 
 impl Group {
-    /// The window's address, by what the registers hold at the leader.
+    /// The window's address, by what the registers hold at the leader, or at the loop's start.
     pub fn window(&self) -> FlatAddress {
+        if self.before_loop {
+            // Of initial values.
+            return FlatAddress {
+                base: self.form.base.map_or(NO_REGISTER, |root| root as u8),
+                index: self.form.index.map_or(NO_REGISTER, |(root, _)| root as u8),
+                displacement: self.low as u64,
+                ..self.leader
+            };
+        }
         FlatAddress {
             displacement: self.low.wrapping_sub(self.from_leader) as u64,
             ..self.leader
+        }
+    }
+
+    /// The look-up of the window.
+    pub fn look(&self, keep_flags: bool) -> Look {
+        Look {
+            address: Address::Flat(self.window()),
+            size: self.size(),
+            write: self.write,
+            keep_flags,
         }
     }
 
@@ -249,8 +109,8 @@ impl Group {
 }
 
 impl Shares {
-    /// Forms groups over a block's operations.
-    pub fn of(effects: &[Effect]) -> Self {
+    /// Forms groups over a block's operations. `is_loop`: the last one may lead to the first.
+    pub fn of(effects: Vec<Effect>, is_loop: bool) -> Self {
         let mut open: Vec<Open> = Vec::new();
         let mut closed = Vec::new();
         let mut values = Values::default();
@@ -272,15 +132,28 @@ impl Shares {
             values.apply(effect);
         }
         closed.extend(open);
-        closed.retain(|open| open.members.len() > 1);
-        closed.sort_by_key(|open| open.group.first);
-
-        let mut shares = Self::default();
-        if closed.is_empty() {
-            return shares;
+        let is_loop = is_loop && effects.iter().all(|effect| !effect.barrier);
+        let unchanged = is_loop.then(|| values.unchanged());
+        if let Some(unchanged) = unchanged {
+            // Those that save most.
+            closed.sort_by_key(|open| std::cmp::Reverse(open.members.len()));
+            let constant = closed
+                .iter_mut()
+                .filter(|open| open.group.form.is_of(unchanged));
+            for open in constant.take(BEFORE_LOOP) {
+                open.group.before_loop = true;
+            }
         }
-        shares.shares = vec![[None; 2]; effects.len()];
-        shares.values = before;
+        closed.retain(|open| open.members.len() > 1 || open.group.before_loop);
+        closed.sort_by_key(|open| (!open.group.before_loop, open.group.first));
+
+        let mut shares = Self {
+            shares: vec![[None; 2]; effects.len()],
+            values: before,
+            effects,
+            unchanged,
+            ..Self::default()
+        };
         let mut taken_until: [Option<Position>; field::SHARED_COUNT] = Default::default();
         for open in closed {
             let mut group = open.group;
@@ -288,18 +161,68 @@ impl Shares {
                 .iter()
                 .position(|until| until.is_none_or(|until| until < group.first));
             let Some(slot) = free else { continue };
-            taken_until[slot] = Some(group.last);
+            let end = (usize::MAX, 0);
+            taken_until[slot] = Some(if group.before_loop { end } else { group.last });
             group.field = field::SHARED + slot as i32 * 8;
             for ((n, k), distance) in open.members {
                 shares.shares[n][k] = Some(Share {
                     group: shares.groups.len(),
-                    leads: (n, k) == group.first,
+                    leads: (n, k) == group.first && !group.before_loop,
                     offset: (distance - group.low) as i32,
                 });
             }
             shares.groups.push(group);
         }
         shares
+    }
+
+    /// Whether the block is a loop that has a way back to behind what is done before it.
+    pub fn is_loop(&self) -> bool {
+        self.unchanged.is_some()
+    }
+
+    /// Whether a register holds at the start of an operation what it holds whenever the loop starts.
+    pub fn is_constant(&self, operation: usize, register: usize) -> bool {
+        self.unchanged
+            .is_some_and(|all| all >> (register & 15) & 1 != 0)
+            && self.values.get(operation).is_some_and(|values| {
+                values.registers[register & 15] == Value::initial(register & 15)
+            })
+    }
+
+    /// The operation that has certainly written, as a whole, what an access reads, and nothing of
+    /// the VCPU's since.
+    pub fn writer_of(&self, operation: usize, access: usize) -> Option<usize> {
+        let read = self.share(operation, access)?;
+        let size = self
+            .effects
+            .get(operation)?
+            .accesses
+            .get(access)?
+            .as_ref()?
+            .size;
+        for n in (0..operation).rev() {
+            let effect = self.effects.get(n)?;
+            if effect.barrier {
+                return None;
+            }
+            for (k, written) in effect.accesses.iter().enumerate().rev() {
+                let Some(written) = written.as_ref().filter(|access| access.write) else {
+                    continue;
+                };
+                // What is formed from something else may be anywhere.
+                let share = self.share(n, k).filter(|share| share.group == read.group)?;
+                if (share.offset, written.size) == (read.offset, size) {
+                    return Some(n);
+                }
+                let apart = share.offset + i32::from(written.size) <= read.offset
+                    || read.offset + i32::from(size) <= share.offset;
+                if !apart {
+                    return None;
+                }
+            }
+        }
+        None
     }
 
     pub fn share(&self, operation: usize, access: usize) -> Option<Share> {
@@ -311,7 +234,7 @@ impl Shares {
     pub fn in_use(&self, at: Position) -> impl Iterator<Item = (&Group, Option<FlatAddress>)> {
         self.groups
             .iter()
-            .filter(move |group| group.first < at && at <= group.last)
+            .filter(move |group| group.before_loop || group.first < at && at <= group.last)
             .map(move |group| {
                 let values = self.values.get(at.0);
                 (
@@ -343,6 +266,7 @@ impl Open {
                 from_leader: offset,
                 write: access.write,
                 field: 0,
+                before_loop: false,
                 first: at,
                 last: at,
             },
@@ -371,30 +295,21 @@ impl Open {
     }
 }
 
-/// An access at a distance from one register.
-pub(super) fn access(base: usize, displacement: i64, size: u16, write: bool) -> Access {
-    Access {
-        address: FlatAddress {
-            base: base as u8,
-            index: NO_REGISTER,
-            scale: 0,
-            segment: NO_REGISTER,
-            displacement: displacement as u64,
-        },
-        size,
-        write,
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use super::super::values::{FAR, Move, access};
     use super::*;
+    use crate::decode::op::NO_REGISTER;
 
     fn at(base: usize, displacement: i64, write: bool) -> Effect {
         Effect {
             accesses: [Some(access(base, displacement, 8, write)), None],
             ..Effect::default()
         }
+    }
+
+    fn of(effects: Vec<Effect>) -> Shares {
+        Shares::of(effects, false)
     }
 
     fn push() -> Effect {
@@ -407,7 +322,7 @@ mod tests {
 
     #[test]
     fn pushes_share_one_window() {
-        let shares = Shares::of(&[push(), push(), push()]);
+        let shares = of(vec![push(), push(), push()]);
         let [group] = &shares.groups[..] else {
             panic!("{:?}", shares.groups);
         };
@@ -437,7 +352,7 @@ mod tests {
             at(3, 8, false),
             at(5, 8, true),
         ];
-        let shares = Shares::of(&ops);
+        let shares = of(ops.to_vec());
         assert_eq!(shares.groups.len(), 1);
         assert!(shares.groups[0].leader.base == 5 && shares.groups[0].write);
         assert_eq!(shares.share(0, 0), None);
@@ -454,7 +369,7 @@ mod tests {
         for displacement in far {
             // The second ends where a displacement may wrap.
             let near = displacement.wrapping_sub(8);
-            let shares = Shares::of(&[at(3, displacement, true), at(3, near, true)]);
+            let shares = of(vec![at(3, displacement, true), at(3, near, true)]);
             assert_eq!(shares.groups.len(), 0, "{:?}", shares.groups);
         }
         let global = |displacement: i64| {
@@ -466,20 +381,20 @@ mod tests {
         };
         for (displacement, groups) in [(-0x7000_0000, 1), (i64::MAX - 3, 0), (i64::MIN, 0)] {
             let near = displacement.wrapping_sub(8);
-            let shares = Shares::of(&[global(displacement), global(near)]);
+            let shares = of(vec![global(displacement), global(near)]);
             assert_eq!(shares.groups.len(), groups, "{:?}", shares.groups);
         }
         // The register moves as far as an instruction can move it, once and many times.
         for by in [i32::MIN, i32::MAX] {
             let mut effect = at(3, 0, true);
             effect.moved = Effect::adjusted(3, by);
-            let shares = Shares::of(&[effect, at(3, 0, true), at(3, 8, true)]);
+            let shares = of(vec![effect, at(3, 0, true), at(3, 8, true)]);
             assert_eq!(shares.groups.len(), 1, "{:?}", shares.groups);
             assert_eq!(
                 (shares.groups[0].first, shares.groups[0].size()),
                 ((1, 0), 16)
             );
-            let shares = Shares::of(&[effect; 64]);
+            let shares = of(vec![effect; 64]);
             assert_eq!(shares.groups.len(), 0, "{:?}", shares.groups);
         }
     }
@@ -507,7 +422,7 @@ mod tests {
             moved: Effect::adjusted(5, 2),
             ..Effect::default()
         };
-        let shares = Shares::of(&[indexed(0), at(3, 0, false), next, indexed(-4)]);
+        let shares = of(vec![indexed(0), at(3, 0, false), next, indexed(-4)]);
         assert_eq!(shares.groups.len(), 1);
         assert_eq!(shares.share(3, 0).unwrap().offset, 12);
         let after: Vec<_> = shares.in_use((3, 0)).collect();
@@ -516,11 +431,7 @@ mod tests {
             written: 1 << 5,
             ..Effect::default()
         };
-        assert!(
-            Shares::of(&[indexed(0), change, indexed(4)])
-                .groups
-                .is_empty()
-        );
+        assert!(of(vec![indexed(0), change, indexed(4)]).groups.is_empty());
     }
 
     #[test]
@@ -529,17 +440,17 @@ mod tests {
             barrier: true,
             ..Effect::default()
         };
-        let shares = Shares::of(&[at(3, 0, false), helper, at(3, 8, false)]);
+        let shares = of(vec![at(3, 0, false), helper, at(3, 8, false)]);
         assert!(shares.groups.is_empty());
         // What registers hold is not known any more either.
         let ops = [copy(7, 4, 8), helper, at(7, 0, true), at(4, 16, true)];
-        assert!(Shares::of(&ops).groups.is_empty());
+        assert!(of(ops.to_vec()).groups.is_empty());
     }
 
     #[test]
     fn windows_are_small() {
         let ops = [at(3, 0, false), at(3, 1017, false), at(3, 1023, false)];
-        let shares = Shares::of(&ops);
+        let shares = of(ops.to_vec());
         assert_eq!(shares.groups.len(), 1);
         assert!(shares.share(0, 0).is_none() && shares.share(1, 0).unwrap().leads);
     }
@@ -549,7 +460,7 @@ mod tests {
         let ops: Vec<_> = (0..2)
             .flat_map(|round| (0..6).map(move |base| at(base, round * 8, false)))
             .collect();
-        let shares = Shares::of(&ops);
+        let shares = of(ops.to_vec());
         assert_eq!(shares.groups.len(), field::SHARED_COUNT);
         let mut fields: Vec<_> = shares.groups.iter().map(|g| g.field).collect();
         fields.sort_unstable();
@@ -583,7 +494,7 @@ mod tests {
             at(7, 0, false),
             push(),
         ];
-        let shares = Shares::of(&ops);
+        let shares = of(ops.to_vec());
         assert_eq!(shares.groups.len(), 1, "{:?}", shares.groups);
         let group = &shares.groups[0];
         assert_eq!((group.low, group.high), (-48, 0));
@@ -604,7 +515,7 @@ mod tests {
             at(3, 0, false),
             at(6, 8, false),
         ];
-        let shares = Shares::of(&ops);
+        let shares = of(ops.to_vec());
         assert_eq!(shares.groups.len(), 1);
         assert_eq!(shares.share(4, 0), None);
         assert_eq!(shares.share(3, 0).unwrap().offset, 8);
@@ -622,7 +533,7 @@ mod tests {
             unknown(6),
             at(1, 0, true),
         ];
-        let shares = Shares::of(&ops);
+        let shares = of(ops.to_vec());
         assert_eq!(
             shares.in_use((3, 0)).filter(|(_, w)| w.is_some()).count(),
             1
@@ -633,7 +544,7 @@ mod tests {
             at(1, 0, false),
             at(1, 8, false),
         ];
-        assert!(Shares::of(&ops).groups.len() == 1);
+        assert!(of(ops.to_vec()).groups.len() == 1);
     }
 
     #[test]
@@ -649,7 +560,7 @@ mod tests {
                 ..Effect::default()
             },
         ];
-        let shares = Shares::of(&ops);
+        let shares = of(ops.to_vec());
         assert!(shares.in_use((3, 1)).all(|(_, window)| window.is_some()));
         let values = &shares.values[3];
         let mut after = values.clone();
@@ -678,7 +589,7 @@ mod tests {
         };
         // A copy that is as far as one may be, eight times that as an index.
         let ops = [indexed, copy(1, 2, FAR as i32), indexed];
-        let shares = Shares::of(&ops);
+        let shares = of(ops.to_vec());
         let [(_, Some(window))] = shares.in_use((2, 0)).collect::<Vec<_>>()[..] else {
             panic!("not one group");
         };
@@ -704,7 +615,7 @@ mod tests {
             at(3, 8, false),
             at(5, 8, false),
         ];
-        assert!(Shares::of(&ops).groups.is_empty());
+        assert!(of(ops.to_vec()).groups.is_empty());
         // POP of RSP: what it adds is lost.
         let pop = Effect {
             accesses: [None, Some(access(4, 0, 8, false))],
@@ -712,6 +623,95 @@ mod tests {
             moved: Effect::adjusted(4, 8),
             ..Effect::default()
         };
-        assert!(Shares::of(&[pop, at(4, 0, false)]).groups.is_empty());
+        assert!(of(vec![pop, at(4, 0, false)]).groups.is_empty());
+    }
+
+    /// A call and its return, with something in between.
+    fn call(within: &[Effect]) -> Vec<Effect> {
+        let ret = Effect {
+            accesses: [None, Some(access(4, 0, 8, false))],
+            moved: Effect::adjusted(4, 8),
+            ..Effect::default()
+        };
+        let mut all = vec![push()];
+        all.extend_from_slice(within);
+        all.push(ret);
+        all
+    }
+
+    #[test]
+    fn what_a_loop_does_not_change_is_looked_up_before_it() {
+        let next = Effect {
+            moved: Effect::adjusted(5, 8),
+            ..Effect::default()
+        };
+        let mut ops = vec![at(3, 0, false), at(5, 0, true), next];
+        ops.extend(call(&[]));
+        let shares = Shares::of(ops.clone(), true);
+        let before: Vec<_> = shares.groups.iter().filter(|g| g.before_loop).collect();
+        let bases: Vec<_> = before.iter().map(|g| g.window().base).collect();
+        assert_eq!(bases, [3, 4]);
+        assert!(!shares.share(0, 0).unwrap().leads && !shares.share(3, 1).unwrap().leads);
+        // RBX alone once, RSP in two accesses; RBP changes.
+        assert_eq!(shares.share(1, 0), None);
+        assert_eq!(before[1].window().displacement as i64, -8);
+        // Behind its last use it is still needed: in the next turn.
+        for at in 0..ops.len() {
+            let in_use = shares.in_use((at, 0)).filter(|(_, w)| w.is_some()).count();
+            assert_eq!(in_use, 2, "at {at}");
+        }
+        // RSP is lower within the call.
+        let stack = shares.in_use((4, 1)).last().unwrap().1.unwrap();
+        assert_eq!((stack.base, stack.displacement), (4, 0));
+        assert!(!Shares::of(ops, false).is_loop());
+    }
+
+    #[test]
+    fn a_loop_with_helpers_looks_up_nothing_before_it() {
+        let helper = Effect {
+            barrier: true,
+            ..Effect::default()
+        };
+        let shares = Shares::of(vec![at(3, 0, false), at(3, 8, false), helper], true);
+        assert!(!shares.is_loop() && !shares.groups[0].before_loop);
+    }
+
+    #[test]
+    fn a_register_is_constant_where_it_has_its_first_value() {
+        // Kept in RSI meanwhile; RDX is not the same at the end.
+        let ops = [
+            copy(6, 7, 0),
+            unknown(7),
+            copy(7, 6, 0),
+            unknown(2),
+            unknown(6),
+        ];
+        let shares = Shares::of(ops.to_vec(), true);
+        let constant = |register| [0, 1, 2, 3].map(|n| shares.is_constant(n, register));
+        assert_eq!(constant(7), [true, true, false, true]);
+        assert_eq!(constant(2), [false; 4]);
+        assert!(!Shares::of(ops.to_vec(), false).is_constant(0, 7));
+    }
+
+    #[test]
+    fn a_return_finds_what_the_call_pushed_unless_it_may_be_overwritten() {
+        let writer = |within: &[Effect]| {
+            let ops = call(within);
+            let last = ops.len() - 1;
+            Shares::of(ops, true).writer_of(last, 1)
+        };
+        assert_eq!(writer(&[]), Some(0));
+        // Reads, and writes beside it.
+        assert_eq!(writer(&[at(3, 0, false), at(4, 8, true)]), Some(0));
+        assert_eq!(writer(&[at(4, -8, true)]), Some(0));
+        // A part of it, all of it, by what may point anywhere, by a helper.
+        assert_eq!(writer(&[at(4, 4, true)]), None);
+        assert_eq!(writer(&[at(4, 0, true)]), Some(1));
+        assert_eq!(writer(&[at(3, 0, true)]), None);
+        let helper = Effect {
+            barrier: true,
+            ..Effect::default()
+        };
+        assert_eq!(writer(&[helper]), None);
     }
 }

@@ -286,6 +286,8 @@ pub const FAMILIES: &[Family] = &[
             "e8 00 00 00 00 | 48 8b 04 24",          // call .+5; mov (%rsp),%rax
             "ff d0 | 48 8d 47 01 c3 | 48 85 c0", // call *%rax; lea 1(%rdi),%rax; ret; test %rax,%rax
             "ff 24 cf | 31 c0",                  // jmp *(%rdi,%rcx,8); xor %eax,%eax
+            // A loop: call *%rdi; add $8,%rsp; add (%rbx),%rax; dec %rcx; jne to the call
+            "ff d7 | 48 83 c4 08 48 03 03 48 ff c9 75 f2",
         ],
     },
 ];

@@ -93,6 +93,7 @@ fn emitted(case: &str, family: &Family, bmi2: bool, stubs: &Stubs) -> (Block, Em
         block: &block,
         guest: &bytes,
         context: context(family.kernel),
+        wary: false,
         run_time: None,
         stubs,
         bmi2,

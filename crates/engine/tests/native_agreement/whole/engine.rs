@@ -338,6 +338,7 @@ impl Engine {
             context,
             page: 1,
             unshared,
+            wary: false,
             run_time: None,
         };
         let id = match self.translated.get(&key) {
