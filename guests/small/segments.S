@@ -2,8 +2,10 @@
 # mode; limits, call gates, LAR/LSL/VERR/VERW, system tables, FS and GS bases, UMIP.
 #
 # SDM volume 3, chapters 5, 8 and 21; AMD APM volume 2, chapter 4. Bochs 2.7 agrees with
-# all of it. QEMU 7.2 (TCG) checks neither limits nor types on data accesses and takes
-# table and FS bases that are not canonical; it ends at the first limit of the stack.
+# all of it but the 16-bit task, which has not run there. QEMU 7.2 (TCG) checks neither
+# limits nor types on data accesses and takes table and FS bases that are not canonical; it
+# ends at the first limit of the stack. Of the 16-bit task it gets only PF of the first
+# flags wrong.
 
 .include "lib/boot.inc"
 

@@ -7,7 +7,8 @@
 #
 # Emulators differ from the manual:
 # - QEMU 7.2 (TCG) delivers the illegal vector 5 and leaves the ESR clear, lets a
-#   software-disabled APIC unmask its vectors, and has neither x2APIC nor TSC deadline.
+#   software-disabled APIC unmask its vectors, keeps NMIs blocked when an IRET faults, and has
+#   neither x2APIC nor TSC deadline.
 # - Bochs 2.7 leaves the TSC-deadline MSR as it was after the interrupt (11.5.4.1: 0),
 #   keeps the xAPIC logical identifier in x2APIC mode and leaves that mode on INIT.
 
@@ -403,6 +404,28 @@ nmis:
     movq $1, nmi_release
     HITS "NMIs: one held, one merged", $1, 2, $2
     CHECK "NMIs do not nest", nmi_most, $1
+    # an IRET lets the next one in even if it faults: before the handler's first instruction
+    # (6.7.1)
+    call clear_hits
+    GATE 2, 0x8e00              # they nest: on the stack they meet
+    movq $0, step
+    movq $0, nmi_depth
+    movq $0, nmi_release
+    movq $0, nmi_rip
+    movq $0, nmi_rip_in_fault
+    movq $faulting_nmi, handlers + 8 * 2
+    movq $after_faulting_iret, handlers + 8 * 13
+    mov $ICR_NMI, %eax
+    call send_ipi
+    WAIT_FOR "NMI whose IRET will fault", step, $1
+    call send_ipi
+    call settle
+    CHECK "NMI before the IRET is held", step, $1
+    movq $1, nmi_release
+    HITS "NMIs: one within the other's faulting IRET", $1, 2, $2
+    CHECK "NMI comes when an IRET has faulted", nmi_rip_in_fault, $trap_stubs+16*13
+    movq $0, handlers + 8 * 13
+    GATE 2, 0x8e01
     movq $count_nmi, handlers + 8 * 2
     ret
 halt_without_interrupts:
@@ -425,6 +448,32 @@ nested_nmi:
     je 2b
     lock decq nmi_depth
     jmp count_only
+faulting_nmi:
+    lock incq step
+    cmpq $0, nmi_depth
+    jne 4f
+    movq $1, nmi_depth
+2:  pause
+    cmpq $0, nmi_release
+    je 2b
+    mov %rsp, %rax
+    pushq $KDATA
+    push %rax
+    pushfq
+    pushq $0                    # CS
+    pushq $faulting_iret
+faulting_iret:
+    iretq
+3:  add $40, %rsp
+    jmp count_only
+4:  mov FRAME_RIP(%rdi), %rax
+    mov %rax, nmi_rip
+    jmp count_only
+after_faulting_iret:
+    mov nmi_rip, %rax
+    mov %rax, nmi_rip_in_fault
+    movq $3b, FRAME_RIP(%rdi)
+    ret
 
 # IRR "name", vector, 0 or 1: the request bit of this CPU.
 .macro REQUEST name:req, base:req, vec:req, expected:req
@@ -948,5 +997,7 @@ step: .quad 0
 nmi_depth: .quad 0
 nmi_most: .quad 0
 nmi_release: .quad 0
+nmi_rip: .quad 0                # where the second one came
+nmi_rip_in_fault: .quad 0       # what that was when the #GP of the first one's IRET was handled
 spinner: .quad 0
 model: .long 0
