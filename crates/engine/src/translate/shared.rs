@@ -146,6 +146,9 @@ impl Shares {
         }
         closed.retain(|open| open.members.len() > 1 || open.group.before_loop);
         closed.sort_by_key(|open| (!open.group.before_loop, open.group.first));
+        if closed.is_empty() && !is_loop {
+            return Self::default();
+        }
 
         let mut shares = Self {
             shares: vec![[None; 2]; effects.len()],
