@@ -625,7 +625,7 @@ struct Unaligned<T>(T);
 ///
 /// # Safety
 /// `host` must point to `data.len()` readable bytes of guest RAM.
-unsafe fn copy_from_guest(host: *const u8, data: &mut [u8]) {
+pub(crate) unsafe fn copy_from_guest(host: *const u8, data: &mut [u8]) {
     // SAFETY: the caller vouches for the bytes; `data` is host memory, so they do not overlap.
     unsafe {
         match data.len() {

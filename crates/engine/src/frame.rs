@@ -93,6 +93,8 @@ pub mod field {
     pub const MISSED_KIND: i32 = SHARED + 8 * SHARED_COUNT as i32;
     /// An immediate that was read from guest memory.
     pub const IMMEDIATE: i32 = MISSED_KIND + 8;
+    /// An operand that is read from two pages, with room to keep its place within 64 bytes.
+    pub const OPERAND: i32 = 512;
     /// The tables begin.
     pub const TABLES: i32 = 4096;
 }
@@ -228,6 +230,19 @@ impl Frame {
         unsafe { self.place(offset).write(value) }
     }
 
+    /// Keeps the bytes (at most 64) of an operand at `linear` for generated code to read: at the host
+    /// address that this gives, which is as aligned as `linear` is, up to 64 bytes.
+    pub fn keep_operand(&mut self, linear: u64, bytes: &[u8]) -> u64 {
+        let len = bytes.len().min(64);
+        // SAFETY: 128 bytes from that field on are its own; at most 63 + 64 are used.
+        unsafe {
+            let place = self.fields().add(field::OPERAND as usize);
+            let place = place.add((linear & 63) as usize);
+            place.copy_from_nonoverlapping(bytes.as_ptr(), len);
+            place as u64
+        }
+    }
+
     /// What one of the tables of gaps holds.
     pub fn gap(&self, table: i32, slot: usize) -> u64 {
         self.get(table + ((slot & (GAPS - 1)) * 8) as i32)
@@ -263,6 +278,18 @@ mod tests {
         assert_eq!(frame.stack_pointer() & 0xffff, 16 << 8 | 12);
         let last = frame.fields() as usize + FIELD_BYTES;
         assert!(last <= frame.memory.as_ptr() as usize + BYTES);
+    }
+
+    #[test]
+    fn a_kept_operand_is_aligned_as_it_was() {
+        let mut frame = Frame::default();
+        for linear in [0xfff, 0x1ff1, 0x2fc0, 0x7ff8] {
+            let host = frame.keep_operand(linear, &[1, 2, 3, 4, 5, 6, 7, 8]);
+            assert_eq!((host ^ linear) & 63, 0);
+            let offset = host - frame.fields() as u64;
+            assert!(offset >= field::OPERAND as u64 && offset < field::OPERAND as u64 + 64);
+            assert_eq!(frame.get(field::OPERAND + 128), 0);
+        }
     }
 
     #[test]

@@ -12,9 +12,10 @@ use trapline_x86::state::{Activity, Gpr};
 use trapline_x86::vector::MXCSR_RESET;
 use trapline_x86::{CpuState, SegmentRegister};
 
+use super::assembler::JUMP_BYTES;
 use super::emit::{StackEffect, leaves};
 use super::stubs::exit;
-use crate::access::{Core, Fault};
+use crate::access::{Core, Fault, copy_from_guest};
 use crate::decode::Op;
 use crate::env::{Backing, Environment, Span, Translation};
 use crate::frame::{Frame, field};
@@ -208,8 +209,42 @@ extern "sysv64" fn miss<E: Environment>(
             return 0;
         }
     }
+    if !fits
+        && access == Access::Read
+        && let Some(operand) = read_across(core, linear, size as usize, privilege)
+    {
+        // The operand is found behind the jump at the return address.
+        let frame = core.tlb.frame_mut();
+        frame.set(field::MISSED, operand);
+        let found = frame.get(field::RETURN).wrapping_add(JUMP_BYTES as u64);
+        frame.set(field::RETURN, found);
+        return 0;
+    }
     core.tlb.frame_mut().set(field::EXIT, exit::STEP);
     1
+}
+
+/// Reads an operand that lies on two pages, both of which the TLB holds, and gives the host address
+/// of the copy. Changes no translation: what was looked up before stays right.
+fn read_across<E: Environment>(
+    core: &mut Core<'_, E>,
+    linear: u64,
+    size: usize,
+    privilege: Privilege,
+) -> Option<u64> {
+    let mut bytes = [0; 64];
+    let bytes = bytes.get_mut(..size)?;
+    let (head, tail) = bytes.split_at_mut_checked(4096 - (linear & 4095) as usize)?;
+    let first = core.tlb.host(linear, privilege, false)?;
+    let next = linear.wrapping_add(head.len() as u64);
+    let second = core.tlb.host(next, privilege, false)?;
+    // SAFETY: the TLB holds what may be read directly, and neither part leaves its page; other VCPUs
+    // may write there, as on hardware, which reads such an operand in two parts, too.
+    unsafe {
+        copy_from_guest(first, head);
+        copy_from_guest(second, tail);
+    }
+    Some(core.tlb.frame_mut().keep_operand(linear, bytes))
 }
 
 /// Whether a look-up of this kind that missed will find a gap between traces if it is repeated.
