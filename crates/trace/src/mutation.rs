@@ -34,6 +34,11 @@ pub enum Mutation {
     WaitRunning,
     /// Do not write under the lane: lost writes (7).
     WriteOutsideLane,
+    /// Take direct access to untraced bytes of a traced page after looking for traces, instead of
+    /// while none can be established: 1.
+    TakeUnlocked,
+    /// Let a page go untraced with the first of its traces: 1.
+    RelaxTooMuch,
 }
 
 /// Which step is left out, if any.

@@ -394,8 +394,7 @@ impl TraceSystem {
                     sense: gone.sense,
                 });
             for page in pages(&gone.range) {
-                self.sensor
-                    .relax(page << PAGE_SHIFT, regions.sense_of_page(page));
+                self.relax(&regions, page);
             }
         }
     }
@@ -418,10 +417,18 @@ impl TraceSystem {
                     sense: gone.sense,
                 });
             for page in pages(&part) {
-                self.sensor
-                    .relax(page << PAGE_SHIFT, regions.sense_of_page(page));
+                self.relax(&regions, page);
             }
         }
+    }
+
+    /// Lets the accesses to a page go unsensed that no trace senses any more.
+    fn relax(&self, regions: &Regions, page: u64) {
+        let sense = match self.mutated.is(Mutation::RelaxTooMuch) {
+            true => Sense::default(),
+            false => regions.sense_of_page(page),
+        };
+        self.sensor.relax(page << PAGE_SHIFT, sense);
     }
 
     /// The device whose registers `actor` is about to access at `range`, by its cookie, with the
@@ -467,6 +474,10 @@ impl TraceSystem {
         let regions = read(&self.regions);
         let mut traced = range.is_empty();
         regions.hits(range, sense, &mut |_| traced = true);
+        if self.mutated.is(Mutation::TakeUnlocked) {
+            drop(regions);
+            return !traced && take();
+        }
         !traced && take()
     }
 

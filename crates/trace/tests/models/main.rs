@@ -4,6 +4,7 @@
 //! Each check comes with a mutation of the protocol that it must notice.
 #![cfg(feature = "shuttle")]
 
+mod beside;
 mod crowd;
 mod semantics;
 
