@@ -80,9 +80,12 @@ pub struct Assembler {
 
 impl Assembler {
     pub fn new(start: u64) -> Self {
+        // What a block takes as a rule.
         Self {
+            bytes: Vec::with_capacity(1024),
             start,
-            ..Self::default()
+            labels: Vec::with_capacity(64),
+            fixups: Vec::with_capacity(64),
         }
     }
 

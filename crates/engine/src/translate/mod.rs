@@ -170,6 +170,8 @@ pub struct Translator {
     encoder: Encoder,
     factory: InstructionInfoFactory,
     blocks: Vec<Translated>,
+    /// Where each of them starts, for a search that touches little memory.
+    starts: Vec<u32>,
     sites: Vec<Site>,
     /// Operations that code points to.
     assisted: emit::Kept,
@@ -198,6 +200,7 @@ impl Translator {
             encoder: Encoder::new(64),
             factory: InstructionInfoFactory::new(),
             blocks: Vec::new(),
+            starts: Vec::new(),
             sites: Vec::new(),
             assisted: Vec::new(),
         })
@@ -270,6 +273,7 @@ impl Translator {
         self.arena.append(&emitted.bytes).ok_or(ThunkError::Full)?;
         self.assisted.append(&mut assisted);
         self.sites.extend_from_slice(&emitted.sites);
+        self.starts.push(offset);
         self.blocks.push(Translated {
             rip: block.rip,
             page,
@@ -381,7 +385,7 @@ impl Translator {
     }
 
     fn block_at(&self, offset: u32) -> Option<&Translated> {
-        let after = self.blocks.partition_point(|block| block.start <= offset);
+        let after = self.starts.partition_point(|&start| start <= offset);
         self.blocks.get(after.checked_sub(1)?)
     }
 
@@ -402,6 +406,7 @@ impl Translator {
     /// an entry.
     pub fn reset(&mut self) {
         self.blocks.clear();
+        self.starts.clear();
         self.sites.clear();
         self.assisted.clear();
         self.arena.truncate(self.stub_bytes);
