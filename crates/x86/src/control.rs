@@ -103,3 +103,32 @@ pub mod dr7 {
     /// The value after reset.
     pub const RESET: u64 = 0x400;
 }
+
+/// State components by their bits in XCR0 (SDM vol. 1, 13.1 and 13.3).
+pub mod xcr0 {
+    pub const X87: u64 = 1 << 0;
+    pub const SSE: u64 = 1 << 1;
+    pub const AVX: u64 = 1 << 2;
+    /// Opmask, ZMM_Hi256 and Hi16_ZMM: enabled together or not at all.
+    pub const AVX512: u64 = 7 << 5;
+
+    /// Whether XCR0 takes a value, given the components that CPUID shows.
+    pub const fn valid(value: u64, shown: u64) -> bool {
+        let avx512 = value & AVX512;
+        value & X87 != 0
+            && value & !(shown & (X87 | SSE | AVX | AVX512)) == 0
+            && (value & AVX == 0 || value & SSE != 0)
+            && (avx512 == 0 || (avx512 == AVX512 && value & AVX != 0))
+    }
+
+    #[test]
+    fn groups_are_whole() {
+        assert!(valid(1, 0xe7));
+        assert!(valid(7, 0xe7));
+        assert!(valid(0xe7, 0xe7));
+        for bad in [0, 6, 5, 0x27, 0x67, 0xe3, 0x207, 7 | 1 << 63] {
+            assert!(!valid(bad, 0xe7 | 0x200), "{bad:#x}");
+        }
+        assert!(!valid(0xe7, 7));
+    }
+}

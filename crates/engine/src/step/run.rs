@@ -1,11 +1,11 @@
 //! The innermost loop: executes the operations of a block.
 #![allow(unsafe_code)]
 
-use trapline_x86::control::{cr0, cr4, dr6, dr7, rflags};
+use trapline_x86::control::{cr4, dr6, dr7, rflags};
 use trapline_x86::state::InterruptShadow;
 use trapline_x86::{CpuState, Exception, Mode, Vector};
 
-use super::{Executed, Flow, address, bits, control, masked, stack, strings};
+use super::{Executed, Flow, address, bits, control, masked, stack, strings, xstate};
 use crate::access::{Core, Fault, OperandAccess};
 use crate::decode::op::{FlatAddress, NO_REGISTER, RegOperand, StateCheck};
 use crate::decode::{Block, Op, OpKind};
@@ -293,48 +293,6 @@ fn store<E: Environment>(
     )
 }
 
-/// Whether the register state that the instruction uses is available (SDM vol. 1, 13.5 and vol. 3,
-/// tables 2-2 and 13-1).
-fn check_state(cpu: &CpuState, check: StateCheck) -> Result<(), Exception> {
-    let extended = |needed| {
-        if cpu.cr4 & cr4::OSXSAVE == 0 || cpu.xcr0 & needed != needed {
-            return Err(Exception::invalid_opcode());
-        }
-        Ok(())
-    };
-    match check {
-        StateCheck::None => return Ok(()),
-        StateCheck::X87 => {
-            if cpu.cr0 & (cr0::EM | cr0::TS) != 0 {
-                return Err(Exception::device_not_available());
-            }
-            return Ok(());
-        }
-        StateCheck::Wait => {
-            if cpu.cr0 & cr0::MP != 0 && cpu.cr0 & cr0::TS != 0 {
-                return Err(Exception::device_not_available());
-            }
-            return Ok(());
-        }
-        StateCheck::Mmx => {
-            if cpu.cr0 & cr0::EM != 0 {
-                return Err(Exception::invalid_opcode());
-            }
-        }
-        StateCheck::Sse => {
-            if cpu.cr0 & cr0::EM != 0 || cpu.cr4 & cr4::OSFXSR == 0 {
-                return Err(Exception::invalid_opcode());
-            }
-        }
-        StateCheck::Avx => extended(0x6)?,
-        StateCheck::Avx512 => extended(0xe6)?,
-    }
-    if cpu.cr0 & cr0::TS != 0 {
-        return Err(Exception::device_not_available());
-    }
-    Ok(())
-}
-
 /// An unmasked x87 or SIMD exception reaches the guest as its control bits say.
 pub(super) fn floating_point_exception(cpu: &CpuState, vector: u8) -> Fault {
     if vector == 19 && cpu.cr4 & cr4::OSXMMEXCPT == 0 {
@@ -426,7 +384,7 @@ pub(crate) fn single_operation<E: Environment>(core: &mut Core<'_, E>, op: &Op) 
 #[inline(always)]
 fn execute<E: Environment>(core: &mut Core<'_, E>, op: &Op) -> Executed {
     if op.check != StateCheck::None {
-        check_state(core.cpu, op.check)?;
+        xstate::check(core.cpu, op.check)?;
     }
     match op.kind {
         OpKind::Native => match op.thunk {

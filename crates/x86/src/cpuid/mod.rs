@@ -135,11 +135,6 @@ impl CpuidModel {
         self.xcr0_supported
     }
 
-    /// Whether XSETBV accepts `value` for XCR0 (SDM vol. 1, 13.3).
-    pub fn xcr0_valid(&self, value: u64) -> bool {
-        xsave::valid(value, self.xcr0_supported)
-    }
-
     /// The physical-address width: what [`crate::paging::PhysicalMemory::address_bits`] must give.
     pub fn physical_address_bits(&self) -> u32 {
         self.leaves

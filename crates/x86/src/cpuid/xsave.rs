@@ -1,12 +1,8 @@
 //! The XSAVE leaf: sizes and offsets of state components (SDM vol. 1, 13.2 and 13.4).
 
 use super::{CpuidModel, CpuidSource, Registers};
+use crate::control::xcr0::{AVX, AVX512, SSE, X87};
 
-const X87: u64 = 1 << 0;
-const SSE: u64 = 1 << 1;
-const AVX: u64 = 1 << 2;
-/// Opmask, ZMM_Hi256 and Hi16_ZMM: enabled together or not at all.
-const AVX512: u64 = 7 << 5;
 /// Legacy region and header.
 const FIXED_BYTES: u32 = 576;
 /// ECX of a component's subleaf: aligned to 64 bytes in the compacted form.
@@ -31,14 +27,6 @@ pub(super) const fn has_avx(components: u64) -> bool {
 }
 pub(super) const fn has_avx512(components: u64) -> bool {
     components & AVX512 == AVX512
-}
-
-/// Whether XCR0 may have this value.
-pub(super) const fn valid(value: u64, supported: u64) -> bool {
-    value & X87 != 0
-        && value & !supported == 0
-        && (value & AVX == 0 || value & SSE != 0)
-        && (value & AVX512 == 0 || (value & AVX512 == AVX512 && value & AVX != 0))
 }
 
 /// The subleaves of leaf 0xD; EBX of subleaves 0 and 1 is computed at the time of execution.

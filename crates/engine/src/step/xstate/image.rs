@@ -3,12 +3,10 @@
 
 use std::sync::OnceLock;
 
+use trapline_x86::control::xcr0;
 use trapline_x86::vector::{FCW_INIT, MXCSR_RESET, VectorState, X87};
 
-/// State components by their bit in XCR0 (SDM vol. 1, 13.1).
-pub const X87_BIT: u64 = 1 << 0;
-pub const SSE_BIT: u64 = 1 << 1;
-pub const AVX_BIT: u64 = 1 << 2;
+/// State components behind the legacy region by their bit in XCR0 (SDM vol. 1, 13.1).
 const OPMASK: usize = 5;
 const ZMM_HI256: usize = 6;
 const HI16_ZMM: usize = 7;
@@ -122,13 +120,13 @@ pub fn in_use(v: &VectorState) -> u64 {
     };
     let mut used = 0;
     if !x87_is_initial(&v.x87) {
-        used |= X87_BIT;
+        used |= xcr0::X87;
     }
     if !zero(0, 16, 0..16) {
-        used |= SSE_BIT;
+        used |= xcr0::SSE;
     }
     if !zero(16, 32, 0..16) {
-        used |= AVX_BIT;
+        used |= xcr0::AVX;
     }
     if v.k.iter().any(|k| *k != 0) {
         used |= 1 << OPMASK;
@@ -151,16 +149,16 @@ fn x87_is_initial(x87: &X87) -> bool {
 /// Sets components to their initial configuration; MXCSR is not one.
 pub fn initialize(v: &mut VectorState, components: u64, long: bool) {
     let low = if long { 16 } else { 8 };
-    if components & X87_BIT != 0 {
+    if components & xcr0::X87 != 0 {
         let initial = X87::init();
         for (at, len) in X87_RANGES {
             v.x87.0[at..at + len].copy_from_slice(&initial.0[at..at + len]);
         }
     }
-    if components & SSE_BIT != 0 {
+    if components & xcr0::SSE != 0 {
         v.zmm[..low].iter_mut().for_each(|z| z.0[..16].fill(0));
     }
-    if components & AVX_BIT != 0 {
+    if components & xcr0::AVX != 0 {
         v.zmm[..low].iter_mut().for_each(|z| z.0[16..32].fill(0));
     }
     if components >> OPMASK & 1 != 0 {

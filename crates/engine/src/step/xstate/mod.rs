@@ -1,15 +1,17 @@
 //! Saving and restoring extended state: FXSAVE, XSAVE and their kin, MXCSR, VZEROUPPER (SDM
 //! vol. 1, chapter 13; vol. 2).
 
+mod available;
 pub mod image;
 #[cfg(test)]
 mod tests;
 
 use iced_x86::{Instruction, Mnemonic};
-use trapline_x86::control::{cr0, cr4};
+use trapline_x86::control::{cr4, xcr0};
 use trapline_x86::{CpuState, Exception, Mode};
 
-use self::image::{AVX_BIT, SSE_BIT, X87_BIT};
+pub use self::available::check;
+use self::available::{check_avx, check_sse, check_task_switched, check_x87};
 use crate::access::{Core, Fault};
 use crate::env::Environment;
 use crate::step::segments::require_kernel;
@@ -22,61 +24,6 @@ const COMPACTED: u64 = 1 << 63;
 const HEADER_AT: usize = image::LEGACY;
 /// What FXSAVE and FXRSTOR ask of their operand's address; the others ask for 64 bytes.
 const FXSAVE_ALIGN: u64 = 16;
-
-/// Whether x87 instructions may run.
-///
-/// # Errors
-/// #NM.
-pub fn check_x87(cpu: &CpuState) -> Result<(), Exception> {
-    if cpu.cr0 & (cr0::EM | cr0::TS) != 0 {
-        Err(Exception::device_not_available())
-    } else {
-        Ok(())
-    }
-}
-
-fn check_task_switched(cpu: &CpuState) -> Result<(), Exception> {
-    if cpu.cr0 & cr0::TS != 0 {
-        Err(Exception::device_not_available())
-    } else {
-        Ok(())
-    }
-}
-
-/// Whether SSE instructions may run.
-///
-/// # Errors
-/// #UD, #NM.
-pub fn check_sse(cpu: &CpuState) -> Result<(), Exception> {
-    if cpu.cr0 & cr0::EM != 0 || cpu.cr4 & cr4::OSFXSR == 0 {
-        return Err(Exception::invalid_opcode());
-    }
-    check_task_switched(cpu)
-}
-
-fn check_extended(cpu: &CpuState, components: u64) -> Result<(), Exception> {
-    let protected = cpu.mode() >= Mode::Protected16;
-    if !protected || cpu.cr4 & cr4::OSXSAVE == 0 || cpu.xcr0 & components != components {
-        return Err(Exception::invalid_opcode());
-    }
-    check_task_switched(cpu)
-}
-
-/// Whether VEX-encoded instructions may run.
-///
-/// # Errors
-/// #UD, #NM.
-pub fn check_avx(cpu: &CpuState) -> Result<(), Exception> {
-    check_extended(cpu, SSE_BIT | AVX_BIT)
-}
-
-/// Whether EVEX-encoded and opmask instructions may run.
-///
-/// # Errors
-/// #UD, #NM.
-pub fn check_avx512(cpu: &CpuState) -> Result<(), Exception> {
-    check_extended(cpu, 0xe6)
-}
 
 /// Executes one of these instructions.
 ///
@@ -248,7 +195,7 @@ fn xsave<E: Environment>(core: &mut Core<'_, E>, instr: &Instruction) -> Execute
     let mut used = image::in_use(&core.cpu.vector);
     let mxcsr_initial = core.cpu.vector.mxcsr == image::MXCSR_INITIAL;
     if compact && !mxcsr_initial {
-        used |= SSE_BIT;
+        used |= xcr0::SSE;
     }
     if !compact {
         // It reads these eight bytes, but a processor (AMD Zen) reports a write that was refused.
@@ -265,22 +212,22 @@ fn xsave<E: Environment>(core: &mut Core<'_, E>, instr: &Instruction) -> Execute
             n += 1;
         }
     };
-    if saved & X87_BIT != 0 {
+    if saved & xcr0::X87 != 0 {
         image::store_x87(v, &mut area.bytes[..], is_wide(instr));
         image::X87_RANGES
             .into_iter()
             .for_each(|(at, len)| range(at, len));
     }
     let mxcsr = if compact {
-        saved & SSE_BIT
+        saved & xcr0::SSE
     } else {
-        wanted & (SSE_BIT | AVX_BIT)
+        wanted & (xcr0::SSE | xcr0::AVX)
     };
     if mxcsr != 0 {
         image::store_mxcsr(v, &mut area.bytes[..]);
         range(image::MXCSR_AT, 8);
     }
-    if saved & SSE_BIT != 0 {
+    if saved & xcr0::SSE != 0 {
         image::store_xmm(v, &mut area.bytes[..], long);
         let (at, len) = image::xmm_range(long);
         range(at, len);
@@ -339,19 +286,19 @@ fn xrstor<E: Environment>(core: &mut Core<'_, E>, instr: &Instruction) -> Execut
     for &(_, at, len) in &places[..n] {
         area.read(core, at, len)?;
     }
-    let mxcsr = match (compact, wanted & (SSE_BIT | AVX_BIT)) {
+    let mxcsr = match (compact, wanted & (xcr0::SSE | xcr0::AVX)) {
         (_, 0) => None,
         (false, _) => Some(checked_mxcsr(&area)?),
-        (true, _) if loaded & SSE_BIT != 0 => Some(checked_mxcsr(&area)?),
-        (true, parts) => (parts & SSE_BIT != 0).then_some(image::MXCSR_INITIAL),
+        (true, _) if loaded & xcr0::SSE != 0 => Some(checked_mxcsr(&area)?),
+        (true, parts) => (parts & xcr0::SSE != 0).then_some(image::MXCSR_INITIAL),
     };
 
     let v = &mut core.cpu.vector;
     image::initialize(v, wanted & !present, long);
-    if loaded & X87_BIT != 0 {
+    if loaded & xcr0::X87 != 0 {
         image::load_x87(v, &area.bytes[..], is_wide(instr));
     }
-    if loaded & SSE_BIT != 0 {
+    if loaded & xcr0::SSE != 0 {
         image::load_xmm(v, &area.bytes[..], long);
     }
     for &(i, at, len) in &places[..n] {
