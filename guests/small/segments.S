@@ -3,8 +3,8 @@
 #
 # SDM volume 3, chapters 5, 8 and 21; AMD APM volume 2, chapter 4. Bochs 2.7 agrees with
 # all of it but the 16-bit task, which has not run there. QEMU 7.2 (TCG) checks neither
-# limits nor types on data accesses and takes table and FS bases that are not canonical; it
-# ends at the first limit of the stack. Of the 16-bit task it gets only PF of the first
+# limits nor types on data accesses and takes table, LDT and FS bases that are not canonical;
+# it ends at the first limit of the stack. Of the 16-bit task it gets only PF of the first
 # flags wrong.
 
 .include "lib/boot.inc"
@@ -104,6 +104,13 @@ long_loads:
     CHECK "sldt", %rcx, $SCRATCH+48
     LOAD "ds from the LDT", ds, 0x0c
     LOAD_FAULT "beyond the LDT", ds, 0x14, 13, 0x14
+    DESCRIPTOR 7, 0x8000
+    mov $SCRATCH+48, %eax
+    EXPECT_FAULT "lldt, base not canonical", 13, SCRATCH+48, lldt %ax
+    DESCRIPTOR 7, 0x100000000000
+    mov $SCRATCH+48, %eax
+    EXPECT_FAULT "lldt, upper type not 0", 13, SCRATCH+48, lldt %ax
+    DESCRIPTOR 7, 0
     andb $0x7f, gdt + SCRATCH + 48 + 5
     mov $SCRATCH+48, %eax
     EXPECT_FAULT "lldt, absent", 11, SCRATCH+48, lldt %ax

@@ -26,6 +26,8 @@ impl Rights {
     pub const WRITABLE_OR_READABLE: u32 = 1 << 1;
     /// Expand-down, for data; conforming, for code.
     pub const EXPAND_DOWN_OR_CONFORMING: u32 = 1 << 2;
+    /// Of a TSS: its task runs, or another is nested in it.
+    pub const BUSY: u32 = 1 << 1;
     /// Code, not data (when [`Self::S`] is set).
     pub const CODE: u32 = 1 << 3;
     /// Code or data, not system.

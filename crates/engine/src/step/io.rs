@@ -2,10 +2,11 @@
 
 use iced_x86::{Instruction, Mnemonic, OpKind};
 use trapline_x86::control::{cr0, rflags};
+use trapline_x86::descriptor::SystemType;
+use trapline_x86::descriptor::tss::tss32::IOMAP_BASE;
 use trapline_x86::{CpuState, Exception, Gpr, Mode, SegmentRegister};
 
 use super::address::{mask, memory_segment, register_value, set_register, set_sized};
-use super::segments::descriptor::system_type;
 use super::{Executed, Flow, address};
 use crate::access::{Core, Fault};
 use crate::env::Environment;
@@ -13,8 +14,6 @@ use crate::tlb::{Access, Privilege};
 
 /// Iterations of a repeated instruction between two polls for interrupts.
 const ITERATIONS: u32 = 256;
-/// Where a TSS says at what offset its I/O permission bitmap begins.
-const BITMAP_BASE: u64 = 0x66;
 
 /// Executes one of them.
 ///
@@ -68,13 +67,13 @@ fn check_permission<E: Environment>(
     let tr = cpu.tr;
     let limit = u64::from(tr.limit);
     let wide = matches!(
-        tr.rights.kind(),
-        system_type::TSS_BUSY | system_type::TSS_AVAILABLE
+        SystemType::of(tr.rights.kind(), false),
+        Some(SystemType::TssBusy | SystemType::TssAvailable)
     );
-    if tr.rights.is_unusable() || !wide || limit < BITMAP_BASE + 1 {
+    if tr.rights.is_unusable() || !wide || limit < IOMAP_BASE + 1 {
         return denied();
     }
-    let base = core.read::<2>(tr.base.wrapping_add(BITMAP_BASE), Privilege::Supervisor)?;
+    let base = core.read::<2>(tr.base.wrapping_add(IOMAP_BASE), Privilege::Supervisor)?;
     let at = base + u64::from(port / 8);
     // Two bytes are read always: the ports may straddle a byte.
     if at + 1 > limit {

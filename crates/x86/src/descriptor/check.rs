@@ -158,9 +158,6 @@ pub fn check_gate_target(
     let wrong_size = long_mode && (!rights.has(Rights::L) || rights.has(Rights::DB));
     let allowed = match through {
         GateUse::Jump if !conforming => raw.dpl() == cpl,
-        GateUse::Event {
-            virtual8086: true, ..
-        } => !conforming && raw.dpl() == 0,
         _ => raw.dpl() <= cpl,
     };
     if !rights.is_code() || wrong_size || !allowed {
@@ -170,6 +167,16 @@ pub fn check_gate_target(
         return Err(Exception::segment_not_present(error));
     }
     let new_cpl = if conforming { cpl } else { raw.dpl() };
+    let from_virtual = matches!(
+        through,
+        GateUse::Event {
+            virtual8086: true,
+            ..
+        }
+    );
+    if from_virtual && new_cpl != 0 {
+        return Err(Exception::general_protection(error));
+    }
     Ok((loaded(raw, selector.with_rpl(new_cpl)), new_cpl))
 }
 
@@ -211,7 +218,7 @@ pub fn survives_return(segment: &Segment, new_cpl: u8) -> bool {
 /// Loads LDTR (LLDT).
 ///
 /// # Errors
-/// #GP(selector), #NP(selector); #GP(0) for a base that is not canonical.
+/// #GP(selector), also for a base that is not canonical; #NP(selector).
 pub fn check_ldt_load(
     descriptor: WideDescriptor,
     selector: Selector,
@@ -222,21 +229,20 @@ pub fn check_ldt_load(
     })
 }
 
-/// Loads TR (LTR). The segment returned is busy; the caller sets [`RawDescriptor::BUSY`] in the
+/// Loads TR (LTR). The segment returned is busy; the caller sets [`Rights::BUSY`] in the
 /// table.
 ///
 /// # Errors
-/// #GP(selector), #NP(selector); #GP(0) for a base that is not canonical.
+/// #GP(selector), also for a base that is not canonical; #NP(selector).
 pub fn check_task_load(
     descriptor: WideDescriptor,
     selector: Selector,
     long_mode: bool,
 ) -> Result<Segment, Exception> {
-    const BUSY: u32 = 2;
     let available = |kind| matches!(kind, SystemType::TssAvailable | SystemType::Tss16Available);
     let segment = system_load(descriptor, selector, long_mode, available)?;
     Ok(Segment {
-        rights: Rights(segment.rights.0 | BUSY),
+        rights: Rights(segment.rights.0 | Rights::BUSY),
         ..segment
     })
 }
@@ -259,7 +265,7 @@ fn system_load(
     if long_mode {
         segment.base = descriptor.base();
         if !CpuState::is_canonical(segment.base) {
-            return Err(Exception::general_protection(0));
+            return Err(Exception::general_protection(selector.error()));
         }
     }
     Ok(segment)

@@ -280,7 +280,10 @@ fn system_segments() {
         gp(0x40)
     );
     let odd = WideDescriptor::new(SystemType::TssAvailable, 0x8000_0000_0000, 0x67);
-    assert_eq!(outcome(check_task_load(odd, Selector(0x40), true)), gp(0));
+    assert_eq!(
+        outcome(check_task_load(odd, Selector(0x40), true)),
+        gp(0x40)
+    );
     let old = WideDescriptor::new(SystemType::Tss16Available, 0x1000, 0x2b);
     assert!(check_task_load(old, Selector(0x40), false).is_ok());
     assert_eq!(

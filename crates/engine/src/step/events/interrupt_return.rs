@@ -2,12 +2,13 @@
 
 use iced_x86::{Code, Instruction};
 use trapline_x86::control::rflags;
+use trapline_x86::descriptor::Selector;
 use trapline_x86::state::InterruptShadow;
 use trapline_x86::{CpuState, Exception, Gpr, Mode, SegmentRegister};
 
 use crate::access::{Core, Fault};
 use crate::env::Environment;
-use crate::step::segments::descriptor as descriptors;
+use crate::step::segments::{descriptor as descriptors, load};
 use crate::step::stack::access::Stack;
 use crate::step::transfer::far_return::{self as returns, virtual_segment};
 use crate::step::transfer::task;
@@ -96,26 +97,26 @@ fn protected<E: Environment>(core: &mut Core<'_, E>, size: usize, next: u64) -> 
     }
     let mut stack = Stack::current(core.cpu);
     let rip = stack.pop(core, size)?;
-    let selector = stack.pop(core, size)? as u16;
+    let selector = Selector(stack.pop(core, size)? as u16);
     let popped = stack.pop(core, size)?;
     let to_virtual = size == 4 && popped & rflags::VM != 0 && !core.cpu.long_mode();
     if to_virtual && core.cpu.cpl() == 0 {
-        return to_virtual_8086(core, stack, rip, selector, popped);
+        return to_virtual_8086(core, stack, rip, selector.0, popped);
     }
     // The outer stack is popped before the checks: they must not depend on it being there when
     // it is not used, so compatibility mode pops it only for an outer return.
-    let level = selector as u8 & 3;
-    let code = returns::code_segment(core, selector)?;
-    let long_code = returns::is_long_code(core, &code);
+    let (code, cs) = returns::code_segment(core, selector)?;
+    let level = cs.rpl();
+    let long_code = returns::is_long_code(core.cpu, &cs);
     let from_long = core.cpu.mode() == Mode::Long64;
     let outer_stack = if from_long || level != core.cpu.cpl() {
         let pointer = stack.pop(core, size)?;
-        let ss = stack.pop(core, size)? as u16;
-        Some((returns::stack_segment(core, ss, level, long_code)?, pointer))
+        let ss = Selector(stack.pop(core, size)? as u16);
+        Some((load::stack_segment(core, ss, level, long_code)?, pointer))
     } else {
         None
     };
-    let rip = returns::check_target(core, &code, rip)?;
+    let rip = returns::check_target(core.cpu, &cs, rip)?;
     descriptors::mark_accessed(core, &code)?;
     let cpu = &mut *core.cpu;
     cpu.rflags = merged_flags(cpu, popped, size);
@@ -123,7 +124,7 @@ fn protected<E: Environment>(core: &mut Core<'_, E>, size: usize, next: u64) -> 
         Some((ss, pointer)) => returns::set_outer_stack(cpu, ss, pointer, long_code, 0),
         None => stack.commit_pointer(cpu),
     }
-    returns::enter_code(cpu, &code, level, rip);
+    returns::enter_code(cpu, cs, rip);
     Ok(Flow::Jump)
 }
 

@@ -5,17 +5,17 @@ pub mod interrupt_return;
 mod tests;
 
 use trapline_x86::control::{cr0, dr7, rflags};
-use trapline_x86::descriptor::{Gate, GateKind};
-use trapline_x86::exception::selector_error::{EXT, IDT};
-use trapline_x86::segment::Rights;
+use trapline_x86::descriptor::{Gate, GateKind, GateUse, Selector, check_gate_target, idt_error};
+use trapline_x86::exception::selector_error::EXT;
 use trapline_x86::state::{Activity, InterruptShadow};
 use trapline_x86::{CpuState, Exception, Gpr, Mode, Segment, SegmentRegister, Vector};
 
 use crate::access::{Core, Fault};
 use crate::env::{Environment, Restart};
-use crate::step::segments::descriptor::{self as descriptors, Descriptor, selector_error};
+use crate::step::segments::descriptor as descriptors;
 use crate::step::stack::access::Stack;
 use crate::step::transfer;
+use crate::step::transfer::far_return::CodeSegment;
 use crate::step::transfer::task::{self, TaskSwitch};
 use crate::system_item::{Decoded, SystemItem};
 use crate::tlb::Privilege;
@@ -93,7 +93,7 @@ impl Plan {
 
     /// The error code of an exception that concerns the event's own table entry.
     fn idt_error(&self) -> u32 {
-        u32::from(self.vector) << 3 | IDT | self.ext
+        idt_error(self.vector, self.ext != 0)
     }
 }
 
@@ -254,48 +254,30 @@ fn gate<E: Environment>(core: &mut Core<'_, E>, plan: &Plan) -> Result<Gate, Fau
     Ok(gate)
 }
 
-/// Reads and checks the code segment that a gate names; also returns the new privilege level.
+/// Reads and checks the code segment that a gate names. CS's selector has the new privilege level.
 fn handler_segment<E: Environment>(
     core: &mut Core<'_, E>,
     plan: &Plan,
-    selector: u16,
-) -> Result<(Descriptor, u8), Fault> {
-    if descriptors::is_null(selector) {
+    selector: Selector,
+) -> Result<CodeSegment, Fault> {
+    if selector.is_null() {
         return Err(Exception::general_protection(plan.ext).into());
     }
     let code = descriptors::fetch(core, selector, Exception::general_protection, plan.ext)?;
-    let error = selector_error(selector) | plan.ext;
-    let invalid = || Err(Exception::general_protection(error).into());
-    let rights = code.rights();
-    let cpl = core.cpu.cpl();
-    if !rights.is_code() || rights.dpl() > cpl {
-        return invalid();
-    }
-    if core.cpu.long_mode() && (!rights.has(Rights::L) || rights.has(Rights::DB)) {
-        return invalid();
-    }
-    if !rights.has(Rights::P) {
-        return Err(Exception::segment_not_present(error).into());
-    }
-    let level = if rights.is_conforming() {
-        cpl
-    } else {
-        rights.dpl()
+    let cpu = &core.cpu;
+    let through = GateUse::Event {
+        external: plan.ext != 0,
+        virtual8086: cpu.mode() == Mode::Virtual8086,
     };
-    if core.cpu.mode() == Mode::Virtual8086 && level != 0 {
-        return invalid();
-    }
-    Ok((code, level))
+    let (cs, _) = check_gate_target(code.raw, selector, cpu.cpl(), through, cpu.long_mode())?;
+    Ok((code, cs))
 }
 
 /// Makes the handler's code segment and flags current. Nothing here can fail.
-fn enter_handler(cpu: &mut CpuState, gate: &Gate, code: &Descriptor, level: u8, rip: u64) {
-    let mut cs = code.segment();
-    cs.selector = cs.selector & !3 | u16::from(level);
-    cs.rights.0 |= Rights::ACCESSED;
+fn enter_handler(cpu: &mut CpuState, gate: &Gate, cs: Segment) {
     *cpu.segment_mut(SegmentRegister::Cs) = cs;
-    cpu.cpl = level;
-    cpu.rip = rip;
+    cpu.cpl = cs.rpl();
+    cpu.rip = gate.offset;
     let mut clear = rflags::TF | rflags::NT | rflags::RF | rflags::VM;
     if gate.kind.is_interrupt() {
         clear |= rflags::IF;
@@ -315,13 +297,13 @@ fn deliver_protected<E: Environment>(core: &mut Core<'_, E>, plan: &Plan) -> Res
                 flags: plan.flags,
                 ext: plan.ext,
             },
-            gate.selector.0,
+            gate.selector,
         );
     }
-    let (code, level) = handler_segment(core, plan, gate.selector.0)?;
+    let (code, cs) = handler_segment(core, plan, gate.selector)?;
+    let level = cs.rpl();
     let size = gate.kind.bits() as usize / 8;
-    let rip = gate.offset;
-    if rip > u64::from(code.limit()) {
+    if gate.offset > u64::from(cs.limit) {
         return Err(Exception::general_protection(plan.ext).into());
     }
     let cpu = &core.cpu;
@@ -350,7 +332,7 @@ fn deliver_protected<E: Environment>(core: &mut Core<'_, E>, plan: &Plan) -> Res
     }
     let mut stack = if inner {
         let (segment, pointer) = transfer::stack::inner_stack(core, level, plan.ext)?;
-        let error = selector_error(segment.selector) | plan.ext;
+        let error = Selector(segment.selector).error() | plan.ext;
         Stack::in_segment(core.cpu, segment, pointer, level, error)
     } else {
         let mut stack = Stack::current(core.cpu);
@@ -370,16 +352,16 @@ fn deliver_protected<E: Environment>(core: &mut Core<'_, E>, plan: &Plan) -> Res
         }
     }
     stack.commit_pointer(cpu);
-    enter_handler(cpu, &gate, &code, level, rip);
+    enter_handler(cpu, &gate, cs);
     Ok(())
 }
 
 /// Long mode (SDM vol. 3, 6.14).
 fn deliver_long<E: Environment>(core: &mut Core<'_, E>, plan: &Plan) -> Result<(), Fault> {
     let gate = gate(core, plan)?;
-    let (code, level) = handler_segment(core, plan, gate.selector.0)?;
-    let rip = gate.offset;
-    if !CpuState::is_canonical(rip) {
+    let (code, cs) = handler_segment(core, plan, gate.selector)?;
+    let level = cs.rpl();
+    if !CpuState::is_canonical(gate.offset) {
         return Err(Exception::general_protection(plan.ext).into());
     }
     let inner = level != core.cpu.cpl();
@@ -409,7 +391,7 @@ fn deliver_long<E: Environment>(core: &mut Core<'_, E>, plan: &Plan) -> Result<(
         *cpu.segment_mut(SegmentRegister::Ss) = transfer::stack::null_stack_segment(level);
     }
     cpu.set_gpr(Gpr::Rsp, stack.pointer);
-    enter_handler(cpu, &gate, &code, level, rip);
+    enter_handler(cpu, &gate, cs);
     Ok(())
 }
 

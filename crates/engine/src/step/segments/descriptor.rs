@@ -1,6 +1,7 @@
 //! Descriptors in the guest's tables: reading them, marking them used (SDM vol. 3, 3.4.5, 3.5).
 
 use trapline_x86::control::dr7;
+use trapline_x86::descriptor::{RawDescriptor, Selector, SystemType, WideDescriptor};
 use trapline_x86::segment::Rights;
 use trapline_x86::{Exception, Segment};
 
@@ -9,36 +10,11 @@ use crate::env::Environment;
 use crate::system_item::{Decoded, SystemItem};
 use crate::tlb::Privilege;
 
-/// System descriptor types (SDM vol. 3, table 3-2).
-pub mod system_type {
-    pub const TSS16_AVAILABLE: u8 = 1;
-    pub const LDT: u8 = 2;
-    pub const TSS16_BUSY: u8 = 3;
-    pub const CALL_GATE16: u8 = 4;
-    pub const TASK_GATE: u8 = 5;
-    pub const TSS_AVAILABLE: u8 = 9;
-    pub const TSS_BUSY: u8 = 11;
-    pub const CALL_GATE: u8 = 12;
-}
-
-/// The bit of a TSS descriptor's type that says that the task runs or is nested in.
-pub const BUSY: u32 = 2;
-
-/// The part of a selector that goes into an error code: index and table.
-pub const fn selector_error(selector: u16) -> u32 {
-    selector as u32 & 0xfffc
-}
-
-/// Whether a selector is null: index 0 of the GDT.
-pub const fn is_null(selector: u16) -> bool {
-    selector & 0xfffc == 0
-}
-
 /// Eight bytes of a descriptor table and where they were found.
 #[derive(Clone, Copy, Debug)]
 pub struct Descriptor {
-    pub selector: u16,
-    pub raw: u64,
+    pub selector: Selector,
+    pub raw: RawDescriptor,
     /// Bytes 8 to 15 of a system descriptor of long mode, else 0.
     pub high: u64,
     /// The descriptor's linear address.
@@ -67,35 +43,45 @@ impl Descriptor {
     pub const fn dpl(&self) -> u8 {
         self.rights().dpl()
     }
+    /// The error code that names this descriptor.
     pub const fn error(&self) -> u32 {
-        selector_error(self.selector)
+        self.selector.error()
     }
-    /// The segment register's content after loading this descriptor.
+    /// The segment register's content after loading this descriptor, unchecked.
     pub const fn segment(&self) -> Segment {
         self.segment
     }
-    /// A gate's target selector.
-    pub const fn gate_selector(&self) -> u16 {
-        (self.raw >> 16) as u16
+    /// With its second half, which only system descriptors of long mode have.
+    pub const fn wide(&self) -> WideDescriptor {
+        WideDescriptor {
+            low: self.raw,
+            high: self.high,
+        }
     }
-    /// A gate's target offset.
-    pub const fn gate_offset(&self) -> u64 {
-        self.raw & 0xffff | self.raw >> 32 & 0xffff_0000 | self.high << 32
+    /// The type of a system segment or gate; `None` for code, data and reserved types.
+    pub const fn system_type(&self, long_mode: bool) -> Option<SystemType> {
+        self.raw.system_type(long_mode)
     }
 }
 
 /// The linear address of a descriptor whose `len` bytes lie within its table.
-fn descriptor_address<E: Environment>(core: &Core<'_, E>, selector: u16, len: u64) -> Option<u64> {
+fn descriptor_address<E: Environment>(
+    core: &Core<'_, E>,
+    selector: Selector,
+    len: u32,
+) -> Option<u64> {
     let cpu = &core.cpu;
-    let (base, limit) = if selector & 4 == 0 {
-        (cpu.gdtr.base, u64::from(cpu.gdtr.limit))
+    let (base, limit) = if !selector.ti() {
+        (cpu.gdtr.base, u32::from(cpu.gdtr.limit))
     } else if cpu.ldtr.rights.is_unusable() || !cpu.ldtr.rights.has(Rights::P) {
         return None;
     } else {
-        (cpu.ldtr.base, u64::from(cpu.ldtr.limit))
+        (cpu.ldtr.base, cpu.ldtr.limit)
     };
-    let offset = u64::from(selector & 0xfff8);
-    (offset + len - 1 <= limit).then(|| base.wrapping_add(offset))
+    let offset = u64::from(selector.offset());
+    selector
+        .within(limit, len)
+        .then(|| base.wrapping_add(offset))
 }
 
 /// Reads a descriptor; `None` if it lies outside its table. System descriptors of long mode are
@@ -105,7 +91,7 @@ fn descriptor_address<E: Environment>(core: &Core<'_, E>, selector: u16, len: u6
 /// Page faults, restart.
 pub fn lookup<E: Environment>(
     core: &mut Core<'_, E>,
-    selector: u16,
+    selector: Selector,
 ) -> Result<Option<Descriptor>, Fault> {
     let Some(linear) = descriptor_address(core, selector, 8) else {
         return Ok(None);
@@ -122,7 +108,7 @@ pub fn lookup<E: Environment>(
 
 fn read_descriptor<E: Environment>(
     core: &mut Core<'_, E>,
-    selector: u16,
+    selector: Selector,
     linear: u64,
     item: SystemItem,
 ) -> Result<Descriptor, Fault> {
@@ -131,12 +117,12 @@ fn read_descriptor<E: Environment>(
         Decoded::Gate(_) | Decoded::Stack(_) => (0, 0, Segment::null(0)),
     };
     let segment = Segment {
-        selector,
+        selector: selector.0,
         ..segment
     };
     Ok(Descriptor {
         selector,
-        raw,
+        raw: RawDescriptor(raw),
         high,
         linear,
         segment,
@@ -176,13 +162,13 @@ pub fn read_item<E: Environment>(
 /// What `outside` makes of the selector; page faults, restart.
 pub fn fetch<E: Environment>(
     core: &mut Core<'_, E>,
-    selector: u16,
+    selector: Selector,
     outside: fn(u32) -> Exception,
     ext: u32,
 ) -> Result<Descriptor, Fault> {
     match lookup(core, selector)? {
         Some(found) => Ok(found),
-        None => Err(outside(selector_error(selector) | ext).into()),
+        None => Err(outside(selector.error() | ext).into()),
     }
 }
 
@@ -211,5 +197,5 @@ pub fn write_type<E: Environment>(
     rights: u32,
 ) -> Result<(), Fault> {
     let byte = descriptor.linear.wrapping_add(5);
-    core.exchange_byte(byte, (descriptor.raw >> 40) as u8, rights as u8)
+    core.exchange_byte(byte, (descriptor.raw.0 >> 40) as u8, rights as u8)
 }

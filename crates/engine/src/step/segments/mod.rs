@@ -7,6 +7,7 @@ mod tests;
 
 use iced_x86::{Code, Instruction, Mnemonic, OpKind, Register};
 use trapline_x86::control::{cr0, cr4, rflags};
+use trapline_x86::descriptor::{Selector, SystemType};
 use trapline_x86::segment::TableRegister;
 use trapline_x86::state::InterruptShadow;
 use trapline_x86::{CpuState, Exception, Mode, SegmentRegister};
@@ -14,7 +15,7 @@ use trapline_x86::{CpuState, Exception, Mode, SegmentRegister};
 use crate::access::{Core, Fault};
 use crate::env::Environment;
 use crate::step::address::{self, register_value, segment_register, set_register};
-use crate::step::segments::descriptor::{self as descriptors, Descriptor, system_type};
+use crate::step::segments::descriptor::{self as descriptors, Descriptor};
 use crate::step::stack::access as stack_access;
 use crate::step::stack::access::Stack;
 use crate::step::{Executed, Flow, events, transfer};
@@ -191,7 +192,7 @@ fn load_system_segment<E: Environment>(core: &mut Core<'_, E>, instr: &Instructi
         return Err(Exception::invalid_opcode().into());
     }
     require_kernel(core.cpu)?;
-    let selector = read_operand16(core, instr, 0)?;
+    let selector = Selector(read_operand16(core, instr, 0)?);
     if instr.mnemonic() == Mnemonic::Lldt {
         core.cpu.ldtr = load::local_table(core, selector)?;
     } else {
@@ -265,15 +266,15 @@ fn load_table<E: Environment>(core: &mut Core<'_, E>, instr: &Instruction) -> Ex
 /// The descriptor that LAR, LSL, VERR or VERW looks at, if its privilege permits.
 fn visible_descriptor<E: Environment>(
     core: &mut Core<'_, E>,
-    selector: u16,
+    selector: Selector,
 ) -> Result<Option<Descriptor>, Fault> {
-    if descriptors::is_null(selector) {
+    if selector.is_null() {
         return Ok(None);
     }
     let Some(found) = descriptors::lookup(core, selector)? else {
         return Ok(None);
     };
-    let lowest = core.cpu.cpl().max(selector as u8 & 3);
+    let lowest = core.cpu.cpl().max(selector.rpl());
     let visible = found.rights().is_conforming() || found.dpl() >= lowest;
     Ok(visible.then_some(found))
 }
@@ -286,17 +287,15 @@ fn load_from_descriptor<E: Environment>(core: &mut Core<'_, E>, instr: &Instruct
     if !events::is_protected(core.cpu) {
         return Err(Exception::invalid_opcode().into());
     }
-    let selector = read_operand16(core, instr, 1)?;
+    let selector = Selector(read_operand16(core, instr, 1)?);
     let long = core.cpu.long_mode();
     let limit = instr.mnemonic() == Mnemonic::Lsl;
     let found = visible_descriptor(core, selector)?.filter(|found| {
-        use system_type::*;
+        use SystemType::*;
         !found.is_system()
-            || match found.rights().kind() {
-                LDT | TSS_AVAILABLE | TSS_BUSY => true,
-                TSS16_AVAILABLE | TSS16_BUSY => !long,
-                CALL_GATE => !limit,
-                CALL_GATE16 | TASK_GATE => !limit && !long,
+            || match found.system_type(long) {
+                Some(Ldt | TssAvailable | TssBusy | Tss16Available | Tss16Busy) => true,
+                Some(CallGate | CallGate16 | TaskGate) => !limit,
                 _ => false,
             }
     });
@@ -304,7 +303,7 @@ fn load_from_descriptor<E: Environment>(core: &mut Core<'_, E>, instr: &Instruct
         let value = if limit {
             u64::from(found.limit())
         } else {
-            found.raw >> 32 & 0x00ff_ff00
+            found.raw.0 >> 32 & 0x00ff_ff00
         };
         set_register(core.cpu, instr.op0_register(), value);
     }
@@ -316,7 +315,7 @@ fn verify<E: Environment>(core: &mut Core<'_, E>, instr: &Instruction) -> Execut
     if !events::is_protected(core.cpu) {
         return Err(Exception::invalid_opcode().into());
     }
-    let selector = read_operand16(core, instr, 0)?;
+    let selector = Selector(read_operand16(core, instr, 0)?);
     let found = visible_descriptor(core, selector)?;
     let verified = found.is_some_and(|found| match instr.mnemonic() {
         Mnemonic::Verr => found.rights().is_readable(),

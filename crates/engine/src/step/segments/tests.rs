@@ -145,6 +145,12 @@ fn the_local_table() {
     assert_eq!(load(&mut rig, MOV_DS, 0x27), gp(0x24));
     assert_eq!(load(&mut rig, &lldt, 0), Ok(Flow::Next));
     assert!(rig.cpu.ldtr.rights.is_unusable());
+    rig.write64(GDT + u64::from(LDT_SELECTOR) + 8, 0x8000);
+    assert_eq!(
+        load(&mut rig, &lldt, LDT_SELECTOR),
+        gp(LDT_SELECTOR),
+        "a base that is not canonical"
+    );
 }
 
 #[test]

@@ -2,16 +2,20 @@
 //! (SDM vol. 2, "RET", "IRET/IRETD").
 
 use iced_x86::{Code, Instruction};
+use trapline_x86::descriptor::{Selector, check_return, survives_return};
 use trapline_x86::segment::Rights;
 use trapline_x86::{CpuState, Exception, Gpr, Mode, Segment, SegmentRegister};
 
 use crate::access::{Core, Fault};
 use crate::env::Environment;
 use crate::step::address::mask;
-use crate::step::segments::descriptor::{self as descriptors, Descriptor, selector_error};
+use crate::step::segments::descriptor::{self as descriptors, Descriptor};
+use crate::step::segments::load;
 use crate::step::stack::access::Stack;
-use crate::step::transfer::stack;
 use crate::step::{Executed, Flow, events};
+
+/// A code segment in its table, and what CS holds once it is loaded.
+pub type CodeSegment = (Descriptor, Segment);
 
 /// Reads and checks the code segment that a return goes to. The selector's RPL is the privilege
 /// level returned to.
@@ -20,45 +24,27 @@ use crate::step::{Executed, Flow, events};
 /// #GP, #NP, page faults, restart.
 pub fn code_segment<E: Environment>(
     core: &mut Core<'_, E>,
-    selector: u16,
-) -> Result<Descriptor, Fault> {
-    if descriptors::is_null(selector) {
+    selector: Selector,
+) -> Result<CodeSegment, Fault> {
+    if selector.is_null() {
         return Err(Exception::general_protection(0).into());
     }
-    let code = descriptors::fetch(core, selector, Exception::general_protection, 0)?;
-    let error = selector_error(selector);
-    let rights = code.rights();
-    let level = selector as u8 & 3;
-    let privileged = if rights.is_conforming() {
-        rights.dpl() > level
-    } else {
-        rights.dpl() != level
-    };
-    let both_sizes = core.cpu.long_mode() && rights.has(Rights::L) && rights.has(Rights::DB);
-    if !rights.is_code() || level < core.cpu.cpl() || privileged || both_sizes {
-        return Err(Exception::general_protection(error).into());
-    }
-    if !rights.has(Rights::P) {
-        return Err(Exception::segment_not_present(error).into());
-    }
-    Ok(code)
+    let found = descriptors::fetch(core, selector, Exception::general_protection, 0)?;
+    let cs = check_return(found.raw, selector, core.cpu.cpl(), core.cpu.long_mode())?;
+    Ok((found, cs))
 }
 
-/// Whether `code` makes 64-bit mode.
-pub fn is_long_code<E: Environment>(core: &Core<'_, E>, code: &Descriptor) -> bool {
-    core.cpu.long_mode() && code.rights().has(Rights::L)
+/// Whether a code segment makes 64-bit mode.
+pub fn is_long_code(cpu: &CpuState, cs: &Segment) -> bool {
+    cpu.long_mode() && cs.rights.has(Rights::L)
 }
 
 /// Checks an instruction pointer against the code segment that it is loaded with.
 ///
 /// # Errors
 /// #GP(0).
-pub fn check_target<E: Environment>(
-    core: &Core<'_, E>,
-    code: &Descriptor,
-    rip: u64,
-) -> Result<u64, Exception> {
-    if is_long_code(core, code) {
+pub fn check_target(cpu: &CpuState, cs: &Segment, rip: u64) -> Result<u64, Exception> {
+    if is_long_code(cpu, cs) {
         return if CpuState::is_canonical(rip) {
             Ok(rip)
         } else {
@@ -66,51 +52,17 @@ pub fn check_target<E: Environment>(
         };
     }
     let rip = rip & 0xffff_ffff;
-    if rip > u64::from(code.limit()) {
+    if rip > u64::from(cs.limit) {
         Err(Exception::general_protection(0))
     } else {
         Ok(rip)
     }
 }
 
-/// Reads and checks the stack segment that a return to privilege `level` loads.
-///
-/// # Errors
-/// #GP, #SS, page faults, restart.
-pub fn stack_segment<E: Environment>(
-    core: &mut Core<'_, E>,
-    selector: u16,
-    level: u8,
-    long_code: bool,
-) -> Result<Segment, Fault> {
-    if descriptors::is_null(selector) {
-        if long_code && level < 3 && selector & 3 == u16::from(level) {
-            let mut null = stack::null_stack_segment(level);
-            null.selector = selector;
-            return Ok(null);
-        }
-        return Err(Exception::general_protection(0).into());
-    }
-    let found = descriptors::fetch(core, selector, Exception::general_protection, 0)?;
-    let rights = found.rights();
-    let error = selector_error(selector);
-    if selector & 3 != u16::from(level) || rights.dpl() != level || !rights.is_writable_data() {
-        return Err(Exception::general_protection(error).into());
-    }
-    if !rights.has(Rights::P) {
-        return Err(Exception::stack_fault(error).into());
-    }
-    descriptors::mark_accessed(core, &found)?;
-    let mut segment = found.segment();
-    segment.rights.0 |= Rights::ACCESSED;
-    Ok(segment)
-}
-
-/// Makes CS current after a return to `level`; data segments too privileged for it become null.
-pub fn enter_code(cpu: &mut CpuState, code: &Descriptor, level: u8, rip: u64) {
-    let mut cs = code.segment();
-    cs.selector = cs.selector & !3 | u16::from(level);
-    cs.rights.0 |= Rights::ACCESSED;
+/// Makes CS current, at the privilege level that its selector says; data segments too privileged
+/// for that level become null.
+pub fn enter_code(cpu: &mut CpuState, cs: Segment, rip: u64) {
+    let level = cs.rpl();
     let outer = level > cpu.cpl;
     *cpu.segment_mut(SegmentRegister::Cs) = cs;
     cpu.cpl = level;
@@ -119,8 +71,7 @@ pub fn enter_code(cpu: &mut CpuState, code: &Descriptor, level: u8, rip: u64) {
         use SegmentRegister::{Ds, Es, Fs, Gs};
         for s in [Es, Ds, Fs, Gs] {
             let segment = cpu.segment_mut(s);
-            let rights = segment.rights;
-            if !rights.is_unusable() && !rights.is_conforming() && rights.dpl() < level {
+            if !survives_return(segment, level) {
                 *segment = Segment::null(0);
             }
         }
@@ -153,23 +104,22 @@ pub fn far_return<E: Environment>(core: &mut Core<'_, E>, instr: &Instruction) -
         enter_real_code(core.cpu, selector, rip);
         return Ok(Flow::Jump);
     }
-    let code = code_segment(core, selector)?;
-    let level = selector as u8 & 3;
-    let rip = check_target(core, &code, rip)?;
+    let (code, cs) = code_segment(core, Selector(selector))?;
+    let rip = check_target(core.cpu, &cs, rip)?;
     stack.skip(release);
-    if level == core.cpu.cpl() {
+    if cs.rpl() == core.cpu.cpl() {
         descriptors::mark_accessed(core, &code)?;
         stack.commit_pointer(core.cpu);
-        enter_code(core.cpu, &code, level, rip);
+        enter_code(core.cpu, cs, rip);
         return Ok(Flow::Jump);
     }
     let pointer = stack.pop(core, size)?;
-    let ss = stack.pop(core, size)? as u16;
-    let long_code = is_long_code(core, &code);
-    let ss = stack_segment(core, ss, level, long_code)?;
+    let ss = Selector(stack.pop(core, size)? as u16);
+    let long_code = is_long_code(core.cpu, &cs);
+    let ss = load::stack_segment(core, ss, cs.rpl(), long_code)?;
     descriptors::mark_accessed(core, &code)?;
     set_outer_stack(core.cpu, ss, pointer, long_code, release);
-    enter_code(core.cpu, &code, level, rip);
+    enter_code(core.cpu, cs, rip);
     Ok(Flow::Jump)
 }
 

@@ -5,23 +5,23 @@ pub mod stack;
 pub mod task;
 
 use iced_x86::{Code, Instruction, OpKind};
-use trapline_x86::segment::Rights;
+use trapline_x86::descriptor::{
+    Gate, GateKind, GateUse, Selector, SystemType, check_far_transfer, check_gate_target,
+};
 use trapline_x86::{CpuState, Exception, Gpr, SegmentRegister};
 
 use self::far_return as returns;
 use self::task::TaskSwitch;
 use crate::access::{Core, Fault};
 use crate::env::Environment;
-use crate::step::segments::descriptor::{
-    self as descriptors, Descriptor, selector_error, system_type,
-};
+use crate::step::segments::descriptor::{self as descriptors, Descriptor};
 use crate::step::stack::access::Stack;
 use crate::step::{Executed, Flow, address, events};
 use crate::tlb::{Access, Privilege};
 
 /// A far transfer to be made.
 struct Transfer {
-    selector: u16,
+    selector: Selector,
     offset: u64,
     /// Operand size in bytes.
     size: usize,
@@ -67,7 +67,7 @@ pub fn execute<E: Environment>(core: &mut Core<'_, E>, instr: &Instruction) -> E
     };
     let next = events::next_rip(core.cpu, instr.len());
     let transfer = Transfer {
-        selector,
+        selector: Selector(selector),
         offset,
         size,
         call,
@@ -105,35 +105,22 @@ pub fn far_pointer<E: Environment>(
 
 fn protected<E: Environment>(core: &mut Core<'_, E>, transfer: &Transfer) -> Result<(), Fault> {
     let selector = transfer.selector;
-    if descriptors::is_null(selector) {
+    if selector.is_null() {
         return Err(Exception::general_protection(0).into());
     }
     let found = descriptors::fetch(core, selector, Exception::general_protection, 0)?;
     if found.is_system() {
         return through_gate(core, transfer, &found);
     }
-    let rights = found.rights();
-    let cpl = core.cpu.cpl();
-    let error = selector_error(selector);
-    let permitted = if rights.is_conforming() {
-        rights.dpl() <= cpl
-    } else {
-        selector as u8 & 3 <= cpl && rights.dpl() == cpl
-    };
-    let both_sizes = core.cpu.long_mode() && rights.has(Rights::L) && rights.has(Rights::DB);
-    if !rights.is_code() || !permitted || both_sizes {
-        return Err(Exception::general_protection(error).into());
-    }
-    if !rights.has(Rights::P) {
-        return Err(Exception::segment_not_present(error).into());
-    }
-    let rip = returns::check_target(core, &found, transfer.offset)?;
+    let (cpl, long) = (core.cpu.cpl(), core.cpu.long_mode());
+    let cs = check_far_transfer(found.raw, selector, cpl, long)?;
+    let rip = returns::check_target(core.cpu, &cs, transfer.offset)?;
     let stack = transfer.push_return(core)?;
     descriptors::mark_accessed(core, &found)?;
     if transfer.call {
         stack.commit_pointer(core.cpu);
     }
-    returns::enter_code(core.cpu, &found, cpl, rip);
+    returns::enter_code(core.cpu, cs, rip);
     Ok(())
 }
 
@@ -141,38 +128,35 @@ fn protected<E: Environment>(core: &mut Core<'_, E>, transfer: &Transfer) -> Res
 fn through_gate<E: Environment>(
     core: &mut Core<'_, E>,
     transfer: &Transfer,
-    gate: &Descriptor,
+    found: &Descriptor,
 ) -> Result<(), Fault> {
+    use SystemType::{Tss16Available, TssAvailable};
     let long = core.cpu.long_mode();
-    let error = gate.error();
-    let kind = gate.rights().kind();
-    use system_type::*;
-    let known = match kind {
-        CALL_GATE => true,
-        CALL_GATE16 | TASK_GATE | TSS_AVAILABLE | TSS16_AVAILABLE => !long,
-        _ => false,
+    let invalid = || Err(Exception::general_protection(found.error()).into());
+    if found.dpl() < core.cpu.cpl().max(transfer.selector.rpl()) {
+        return invalid();
+    }
+    let kind = found.system_type(long);
+    if !long && matches!(kind, Some(TssAvailable | Tss16Available)) {
+        return task(core, transfer, transfer.selector);
+    }
+    let gate = match Gate::parse(found.raw.0, found.high, long) {
+        Some(gate) if gate.kind == GateKind::Task || !gate.kind.is_event() => gate,
+        _ => return invalid(),
     };
-    // The second half of a 16-byte gate has a type of zero.
-    let malformed = long && gate.high >> 40 & 0x1f != 0;
-    let lowest = core.cpu.cpl().max(transfer.selector as u8 & 3);
-    if !known || malformed || gate.dpl() < lowest {
-        return Err(Exception::general_protection(error).into());
+    if !gate.present {
+        return Err(Exception::segment_not_present(found.error()).into());
     }
-    let is_task = matches!(kind, TSS_AVAILABLE | TSS16_AVAILABLE) && !long;
-    if !is_task && !gate.is_present() {
-        return Err(Exception::segment_not_present(error).into());
-    }
-    match kind {
-        TSS_AVAILABLE | TSS16_AVAILABLE => task(core, transfer, transfer.selector),
-        TASK_GATE => task(core, transfer, gate.gate_selector()),
-        _ => call_gate(core, transfer, gate),
+    match gate.kind {
+        GateKind::Task => task(core, transfer, gate.selector),
+        _ => call_gate(core, transfer, &gate),
     }
 }
 
 fn task<E: Environment>(
     core: &mut Core<'_, E>,
     transfer: &Transfer,
-    selector: u16,
+    selector: Selector,
 ) -> Result<(), Fault> {
     let rip = transfer.next;
     let reason = if transfer.call {
@@ -186,44 +170,23 @@ fn task<E: Environment>(
 fn call_gate<E: Environment>(
     core: &mut Core<'_, E>,
     transfer: &Transfer,
-    gate: &Descriptor,
+    gate: &Gate,
 ) -> Result<(), Fault> {
-    let selector = gate.gate_selector();
-    if descriptors::is_null(selector) {
+    if gate.selector.is_null() {
         return Err(Exception::general_protection(0).into());
     }
-    let code = descriptors::fetch(core, selector, Exception::general_protection, 0)?;
-    let long = core.cpu.long_mode();
-    let rights = code.rights();
-    let cpl = core.cpu.cpl();
-    let error = selector_error(selector);
-    let wrong_size = long && (!rights.has(Rights::L) || rights.has(Rights::DB));
-    let jump_inward = !transfer.call && !rights.is_conforming() && rights.dpl() != cpl;
-    if !rights.is_code() || rights.dpl() > cpl || wrong_size || jump_inward {
-        return Err(Exception::general_protection(error).into());
-    }
-    if !rights.has(Rights::P) {
-        return Err(Exception::segment_not_present(error).into());
-    }
-    let wide = gate.rights().kind() == system_type::CALL_GATE;
-    let size = match (long, wide) {
-        (true, _) => 8,
-        (false, true) => 4,
-        (false, false) => 2,
-    };
-    let offset = if wide {
-        gate.gate_offset()
+    let code = descriptors::fetch(core, gate.selector, Exception::general_protection, 0)?;
+    let through = if transfer.call {
+        GateUse::Call
     } else {
-        gate.gate_offset() & 0xffff
+        GateUse::Jump
     };
-    let rip = returns::check_target(core, &code, offset)?;
-    let level = if rights.is_conforming() {
-        cpl
-    } else {
-        rights.dpl()
-    };
+    let (cpl, long) = (core.cpu.cpl(), core.cpu.long_mode());
+    let (cs, level) = check_gate_target(code.raw, gate.selector, cpl, through, long)?;
+    let size = gate.kind.bits() as usize / 8;
+    let rip = returns::check_target(core.cpu, &cs, gate.offset)?;
     if transfer.call && level < cpl {
-        return inner_call(core, transfer, gate, &code, size, rip);
+        return inner_call(core, transfer, gate, (code, cs), rip);
     }
     let sized = Transfer { size, ..*transfer };
     let stack = sized.push_return(core)?;
@@ -235,7 +198,7 @@ fn call_gate<E: Environment>(
             stack.commit_pointer(core.cpu);
         }
     }
-    returns::enter_code(core.cpu, &code, level, rip);
+    returns::enter_code(core.cpu, cs, rip);
     Ok(())
 }
 
@@ -243,23 +206,19 @@ fn call_gate<E: Environment>(
 fn inner_call<E: Environment>(
     core: &mut Core<'_, E>,
     transfer: &Transfer,
-    gate: &Descriptor,
-    code: &Descriptor,
-    size: usize,
+    gate: &Gate,
+    (code, cs): returns::CodeSegment,
     rip: u64,
 ) -> Result<(), Fault> {
-    let level = code.dpl();
+    let level = cs.rpl();
+    let size = gate.kind.bits() as usize / 8;
     let old = Stack::current(core.cpu);
     let mut frame = [0; 4 + 31];
     frame[0] = u64::from(core.cpu.ss().selector);
     frame[1] = core.cpu.gpr(Gpr::Rsp);
     let mut n = 2;
     let long = size == 8;
-    let parameters = if long {
-        0
-    } else {
-        (gate.raw >> 32 & 0x1f) as usize
-    };
+    let parameters = usize::from(gate.parameters);
     let mut from = old;
     for k in 0..parameters {
         frame[2 + parameters - 1 - k] = from.pop(core, size)?;
@@ -273,11 +232,11 @@ fn inner_call<E: Environment>(
         Stack::long(core.cpu, pointer, level)
     } else {
         let (segment, pointer) = stack::inner_stack(core, level, 0)?;
-        let error = selector_error(segment.selector);
+        let error = Selector(segment.selector).error();
         Stack::in_segment(core.cpu, segment, pointer, level, error)
     };
     stack.push_all(core, size, &frame[..n])?;
-    descriptors::mark_accessed(core, code)?;
+    descriptors::mark_accessed(core, &code)?;
     let cpu: &mut CpuState = core.cpu;
     *cpu.segment_mut(SegmentRegister::Ss) = if long {
         stack::null_stack_segment(level)
@@ -285,6 +244,6 @@ fn inner_call<E: Environment>(
         stack.segment
     };
     stack.commit_pointer(cpu);
-    returns::enter_code(cpu, code, level, rip);
+    returns::enter_code(cpu, cs, rip);
     Ok(())
 }

@@ -1,17 +1,14 @@
 //! Stacks for more privileged code, from the task-state segment (SDM vol. 3, 5.8.5, 7.7).
 
+use trapline_x86::descriptor::tss::{tss16, tss32, tss64};
+use trapline_x86::descriptor::{Selector, SystemType, check_stack_switch};
 use trapline_x86::segment::Rights;
 use trapline_x86::{CpuState, Exception, Segment};
 
 use crate::access::{Core, Fault};
 use crate::env::Environment;
-use crate::step::segments::descriptor::{self as descriptors, selector_error, system_type};
+use crate::step::segments::descriptor as descriptors;
 use crate::system_item::{Decoded, SystemItem};
-
-/// Offset of RSP0 in a 64-bit TSS.
-const RSP0: u64 = 4;
-/// Offset of IST1 in a 64-bit TSS.
-const IST1: u64 = 36;
 
 /// SS as a switch to more privileged code of long mode leaves it: null, with its RPL the new
 /// privilege level.
@@ -31,7 +28,7 @@ fn read_tss<E: Environment>(
 ) -> Result<u64, Fault> {
     let tr = core.cpu.tr;
     if tr.rights.is_unusable() || offset + u64::from(size) - 1 > u64::from(tr.limit) {
-        return Err(Exception::invalid_tss(selector_error(tr.selector) | ext).into());
+        return Err(Exception::invalid_tss(Selector(tr.selector).error() | ext).into());
     }
     let item = SystemItem::Stack(size);
     match descriptors::read_item(core, tr.base.wrapping_add(offset), item)? {
@@ -57,7 +54,7 @@ pub fn inner_pointer<E: Environment>(
     level: u8,
     ext: u32,
 ) -> Result<u64, Fault> {
-    let pointer = read_tss(core, RSP0 + 8 * u64::from(level), 8, ext)?;
+    let pointer = read_tss(core, tss64::rsp(level), 8, ext)?;
     canonical(pointer, ext)
 }
 
@@ -70,12 +67,7 @@ pub fn interrupt_stack<E: Environment>(
     ist: u8,
     ext: u32,
 ) -> Result<u64, Fault> {
-    let pointer = read_tss(
-        core,
-        IST1 + 8 * (u64::from(ist).wrapping_sub(1) & 7),
-        8,
-        ext,
-    )?;
+    let pointer = read_tss(core, tss64::ist(ist), 8, ext)?;
     canonical(pointer, ext)
 }
 
@@ -88,30 +80,20 @@ pub fn inner_stack<E: Environment>(
     level: u8,
     ext: u32,
 ) -> Result<(Segment, u64), Fault> {
-    let kind = core.cpu.tr.rights.kind();
-    let wide = matches!(kind, system_type::TSS_BUSY | system_type::TSS_AVAILABLE);
-    let (size, at) = if wide {
-        (4, 4 + 8 * u64::from(level))
-    } else {
-        (2, 2 + 4 * u64::from(level))
+    let (size, pointer_at, selector_at) = match SystemType::of(core.cpu.tr.rights.kind(), false) {
+        Some(SystemType::TssBusy | SystemType::TssAvailable) => {
+            (4, tss32::esp(level), tss32::ss(level))
+        }
+        _ => (2, tss16::sp(level), tss16::ss(level)),
     };
     // The selector's end is the last byte that must lie within the limit.
-    let selector = read_tss(core, at + u64::from(size), 2, ext)? as u16;
-    let pointer = read_tss(core, at, size, ext)?;
-    if descriptors::is_null(selector) {
+    let selector = Selector(read_tss(core, selector_at, 2, ext)? as u16);
+    let pointer = read_tss(core, pointer_at, size, ext)?;
+    if selector.is_null() {
         return Err(Exception::invalid_tss(ext).into());
     }
     let found = descriptors::fetch(core, selector, Exception::invalid_tss, ext)?;
-    let rights = found.rights();
-    let error = selector_error(selector) | ext;
-    if selector & 3 != u16::from(level) || rights.dpl() != level || !rights.is_writable_data() {
-        return Err(Exception::invalid_tss(error).into());
-    }
-    if !rights.has(Rights::P) {
-        return Err(Exception::stack_fault(error).into());
-    }
+    let segment = check_stack_switch(found.raw, selector, level, ext)?;
     descriptors::mark_accessed(core, &found)?;
-    let mut segment = found.segment();
-    segment.rights.0 |= Rights::ACCESSED;
     Ok((segment, pointer))
 }

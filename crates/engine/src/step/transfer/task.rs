@@ -2,14 +2,15 @@
 
 use trapline_x86::control::{cr0, rflags};
 use trapline_x86::descriptor::tss::{tss16, tss32};
+use trapline_x86::descriptor::{
+    Selector, SystemType, check_data_load, check_ldt_load, check_return, check_stack_switch,
+};
 use trapline_x86::segment::Rights;
-use trapline_x86::{CpuState, Exception, Mode, Segment, SegmentRegister};
+use trapline_x86::{Exception, Mode, Segment, SegmentRegister, Vector};
 
 use crate::access::{Core, Fault};
 use crate::env::Environment;
-use crate::step::segments::descriptor::{
-    self as descriptors, Descriptor, selector_error, system_type,
-};
+use crate::step::segments::descriptor::{self as descriptors, Descriptor};
 use crate::step::stack::access::Stack;
 use crate::step::transfer::far_return::virtual_segment;
 use crate::tlb::Privilege;
@@ -63,9 +64,10 @@ const NARROW: Layout = Layout {
 impl Layout {
     /// That of a TSS descriptor's type, busy or not.
     fn of(kind: u8) -> Option<&'static Self> {
-        match kind {
-            system_type::TSS_AVAILABLE | system_type::TSS_BUSY => Some(&WIDE),
-            system_type::TSS16_AVAILABLE | system_type::TSS16_BUSY => Some(&NARROW),
+        use SystemType::{Tss16Available, Tss16Busy, TssAvailable, TssBusy};
+        match SystemType::of(kind, false)? {
+            TssAvailable | TssBusy => Some(&WIDE),
+            Tss16Available | Tss16Busy => Some(&NARROW),
             _ => None,
         }
     }
@@ -90,12 +92,12 @@ impl Image {
     }
 
     /// The selector of segment register `n`, null where the TSS has none.
-    fn selector(&self, n: usize) -> u16 {
+    fn selector(&self, n: usize) -> Selector {
         let l = self.layout;
         if n < l.segments {
-            self.field(l.es + (n * l.size) as u64, 2) as u16
+            Selector(self.field(l.es + (n * l.size) as u64, 2) as u16)
         } else {
-            0
+            Selector(0)
         }
     }
 }
@@ -142,7 +144,7 @@ impl TaskSwitch {
 /// #TS, #NP, page faults, restart.
 pub fn return_to_caller<E: Environment>(core: &mut Core<'_, E>, rip: u64) -> Result<(), Fault> {
     let tr = core.cpu.tr;
-    let link = core.read::<2>(tr.base, Privilege::Supervisor)? as u16;
+    let link = Selector(core.read::<2>(tr.base, Privilege::Supervisor)? as u16);
     switch(core, TaskSwitch::Return { rip }, link)
 }
 
@@ -154,22 +156,22 @@ pub fn return_to_caller<E: Environment>(core: &mut Core<'_, E>, rip: u64) -> Res
 pub fn switch<E: Environment>(
     core: &mut Core<'_, E>,
     reason: TaskSwitch,
-    selector: u16,
+    selector: Selector,
 ) -> Result<(), Fault> {
     let ext = reason.ext();
-    let error = selector_error(selector) | ext;
+    let error = selector.error() | ext;
     let returns = matches!(reason, TaskSwitch::Return { .. });
     let invalid: fn(u32) -> Exception = if returns {
         Exception::invalid_tss
     } else {
         Exception::general_protection
     };
-    if selector & 4 != 0 || descriptors::is_null(selector) {
+    if selector.ti() || selector.is_null() {
         return Err(invalid(error).into());
     }
     let target = descriptors::fetch(core, selector, invalid, ext)?;
     let kind = target.rights().kind();
-    let is_busy = kind & descriptors::BUSY as u8 != 0;
+    let is_busy = target.rights().has(Rights::BUSY);
     let layout = match Layout::of(kind) {
         Some(layout) if target.is_system() && is_busy == returns => layout,
         _ => return Err(invalid(error).into()),
@@ -183,7 +185,7 @@ pub fn switch<E: Environment>(
     let old = core.cpu.tr;
     let old_layout = match Layout::of(old.rights.kind()) {
         Some(layout) if old.limit >= layout.minimum_limit && !core.cpu.long_mode() => layout,
-        _ => return Err(Exception::invalid_tss(selector_error(old.selector) | ext).into()),
+        _ => return Err(Exception::invalid_tss(Selector(old.selector).error() | ext).into()),
     };
     let mut image = Image {
         bytes: [0; LARGEST],
@@ -203,10 +205,10 @@ pub fn switch<E: Environment>(
             Privilege::Supervisor,
         )?;
     } else {
-        clear_busy(core, old.selector)?;
+        clear_busy(core, Selector(old.selector))?;
     }
     if !returns {
-        descriptors::write_type(core, &target, target.rights().0 | descriptors::BUSY)?;
+        descriptors::write_type(core, &target, target.rights().0 | Rights::BUSY)?;
     }
     enter(core, &target, &image, reason);
     let entered = core.cpu.clone();
@@ -263,9 +265,9 @@ fn save<E: Environment>(
     )
 }
 
-fn clear_busy<E: Environment>(core: &mut Core<'_, E>, selector: u16) -> Result<(), Fault> {
+fn clear_busy<E: Environment>(core: &mut Core<'_, E>, selector: Selector) -> Result<(), Fault> {
     match descriptors::lookup(core, selector)? {
-        Some(found) => descriptors::write_type(core, &found, found.rights().0 & !descriptors::BUSY),
+        Some(found) => descriptors::write_type(core, &found, found.rights().0 & !Rights::BUSY),
         None => Ok(()),
     }
 }
@@ -280,7 +282,7 @@ fn enter<E: Environment>(
     let layout = image.layout;
     let cpu = &mut *core.cpu;
     let mut tr = target.segment();
-    tr.rights.0 |= descriptors::BUSY;
+    tr.rights.0 |= Rights::BUSY;
     cpu.tr = tr;
     cpu.cr0 |= cr0::TS;
     if let Some(new_cr3) = layout.cr3.map(|at| image.register(at))
@@ -301,18 +303,18 @@ fn enter<E: Environment>(
         *register = above | image.register(layout.ax + n * layout.size as u64);
     }
     for (n, segment) in cpu.seg.iter_mut().enumerate() {
-        *segment = Segment::null(image.selector(n));
+        *segment = Segment::null(image.selector(n).0);
     }
     cpu.ldtr = Segment::null(image.field(layout.ldt, 2) as u16);
     // The local breakpoints are the old task's.
     cpu.dr7 &= !0x55;
     if cpu.rflags & rflags::VM != 0 {
         for (n, segment) in cpu.seg.iter_mut().enumerate() {
-            *segment = virtual_segment(image.selector(n));
+            *segment = virtual_segment(image.selector(n).0);
         }
         cpu.cpl = 3;
     } else {
-        cpu.cpl = image.selector(SegmentRegister::Cs as usize) as u8 & 3;
+        cpu.cpl = image.selector(SegmentRegister::Cs as usize).rpl();
     }
 }
 
@@ -349,19 +351,17 @@ fn load<E: Environment>(
 }
 
 fn load_ldt<E: Environment>(core: &mut Core<'_, E>) -> Result<(), Fault> {
-    let selector = core.cpu.ldtr.selector;
-    if descriptors::is_null(selector) {
+    let selector = Selector(core.cpu.ldtr.selector);
+    if selector.is_null() {
         return Ok(());
     }
-    let invalid = || Exception::invalid_tss(selector_error(selector)).into();
-    if selector & 4 != 0 {
-        return Err(invalid());
+    let invalid = Exception::invalid_tss(selector.error());
+    if selector.ti() {
+        return Err(invalid.into());
     }
     let found = descriptors::fetch(core, selector, Exception::invalid_tss, 0)?;
-    if !found.is_system() || found.rights().kind() != system_type::LDT || !found.is_present() {
-        return Err(invalid());
-    }
-    core.cpu.ldtr = found.segment();
+    // An absent one is #TS, too (SDM vol. 3, table 7-1).
+    core.cpu.ldtr = check_ldt_load(found.wide(), selector, false).map_err(|_| invalid)?;
     Ok(())
 }
 
@@ -370,44 +370,27 @@ fn load_segments<E: Environment>(core: &mut Core<'_, E>) -> Result<(), Fault> {
     use SegmentRegister::{Cs, Ds, Es, Fs, Gs, Ss};
     let level = core.cpu.cpl();
     for s in [Cs, Ss, Ds, Es, Fs, Gs] {
-        let selector = core.cpu.segment(s).selector;
-        let null = descriptors::is_null(selector);
+        let selector = Selector(core.cpu.segment(s).selector);
+        let null = selector.is_null();
         if null && !matches!(s, Cs | Ss) {
             continue;
         }
-        let error = selector_error(selector);
-        let invalid = || Err(Exception::invalid_tss(error).into());
+        let invalid = Exception::invalid_tss(selector.error());
         if null {
-            return invalid();
+            return Err(invalid.into());
         }
         let found = descriptors::fetch(core, selector, Exception::invalid_tss, 0)?;
-        if !permits(core.cpu, s, &found, level) {
-            return invalid();
-        }
-        if !found.is_present() {
-            return Err(match s {
-                Ss => Exception::stack_fault(error),
-                _ => Exception::segment_not_present(error),
-            }
-            .into());
-        }
+        let loaded = match s {
+            Cs => check_return(found.raw, selector, level, false),
+            Ss => check_stack_switch(found.raw, selector, level, 0),
+            _ => check_data_load(found.raw, selector, level),
+        };
+        let segment = loaded.map_err(|e| match e.vector {
+            Vector::GeneralProtection => invalid,
+            _ => e,
+        })?;
         descriptors::mark_accessed(core, &found)?;
-        let mut segment = found.segment();
-        segment.rights.0 |= Rights::ACCESSED;
         *core.cpu.segment_mut(s) = segment;
     }
     Ok(())
-}
-
-fn permits(cpu: &CpuState, s: SegmentRegister, found: &Descriptor, level: u8) -> bool {
-    let rights = found.rights();
-    let rpl = found.selector as u8 & 3;
-    match s {
-        SegmentRegister::Cs if rights.is_conforming() => rights.dpl() <= rpl,
-        SegmentRegister::Cs => rights.is_code() && rights.dpl() == rpl,
-        SegmentRegister::Ss => {
-            rights.is_writable_data() && rights.dpl() == level && rpl == cpu.cpl()
-        }
-        _ => rights.is_readable() && (rights.is_conforming() || rights.dpl() >= rpl.max(level)),
-    }
 }
