@@ -3,7 +3,7 @@
 
 use iced_x86::{CodeSize, Instruction, Register};
 use trapline_x86::segment::Rights;
-use trapline_x86::{CpuState, Exception, Gpr, Mode, SegmentRegister};
+use trapline_x86::{CpuState, Exception, Gpr, Mode, Segment, SegmentRegister};
 
 use crate::access::{Core, Fault};
 use crate::env::Environment;
@@ -245,43 +245,39 @@ pub fn linear_in(
         }
         return Ok(linear);
     }
-    let last = offset.wrapping_add(more);
-    let mut expand_down = false;
-    // Real and virtual-8086 mode check the limit alone.
-    if mode >= Mode::Protected16 {
-        let rights = s.rights;
-        let permitted = !rights.is_unusable()
-            && match access {
-                Access::Read => rights.is_readable(),
-                Access::Write => rights.is_writable_data(),
-                Access::Fetch => true,
-            };
-        if !permitted {
-            return Err(violation());
-        }
-        expand_down = rights.is_expand_down();
-    }
-    let inside = if expand_down {
-        let top = if s.rights.has(Rights::DB) {
-            0xffff_ffff
-        } else {
-            0xffff
-        };
-        offset > u64::from(s.limit) && last <= top
-    } else {
-        last <= u64::from(s.limit)
-    };
-    if !inside {
+    if !permits(s, mode >= Mode::Protected16, offset, size, access) {
         return Err(violation());
     }
     Ok(s.base.wrapping_add(offset) & 0xffff_ffff)
+}
+
+/// Whether a segment permits an access by its limit and, in protected mode, by its type (SDM vol. 3,
+/// 5.3 and 5.5). Real and virtual-8086 mode check the limit alone.
+pub fn permits(s: &Segment, protected: bool, offset: u64, size: usize, access: Access) -> bool {
+    let rights = s.rights;
+    let last = offset.wrapping_add((size as u64).saturating_sub(1));
+    let limit = u64::from(s.limit);
+    if !protected {
+        return last <= limit;
+    }
+    let typed = match access {
+        Access::Read => rights.is_readable(),
+        Access::Write => rights.is_writable_data(),
+        Access::Fetch => true,
+    };
+    let inside = if rights.is_expand_down() {
+        let top = mask(if rights.has(Rights::DB) { 32 } else { 16 });
+        offset > limit && last <= top
+    } else {
+        last <= limit
+    };
+    !rights.is_unusable() && typed && inside
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use iced_x86::{Decoder, DecoderOptions};
-    use trapline_x86::Segment;
     use trapline_x86::control::cr0;
 
     fn decode(bits: u32, bytes: &[u8]) -> Instruction {

@@ -4,7 +4,7 @@ use iced_x86::{ConditionCode, Instruction, Mnemonic, OpKind as Operand};
 use trapline_x86::control::rflags;
 use trapline_x86::{CpuState, Exception, Gpr, Mode};
 
-use super::{Executed, Flow, address, stack};
+use super::{Executed, Flow, address, events, stack};
 use crate::access::{Core, Fault};
 use crate::env::Environment;
 use crate::tlb::{Access, Privilege};
@@ -83,13 +83,7 @@ pub fn call<E: Environment>(core: &mut Core<'_, E>, i: &Instruction, target: u64
         stack::probe_push(core, bytes)?;
         return Err(exception.into());
     }
-    let back = core.cpu.rip.wrapping_add(i.len() as u64);
-    let back = if core.cpu.mode() == Mode::Long64 {
-        back
-    } else {
-        back & 0xffff_ffff
-    };
-    stack::push(core, bytes, back)?;
+    stack::push(core, bytes, events::next_rip(core.cpu, i.len()))?;
     core.cpu.rip = target;
     Ok(Flow::Jump)
 }

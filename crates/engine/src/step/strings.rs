@@ -5,6 +5,7 @@ use iced_x86::{Instruction, Mnemonic, OpKind as Operand};
 use trapline_x86::control::rflags;
 use trapline_x86::{CpuState, Gpr, SegmentRegister};
 
+use super::address::mask;
 use super::{Executed, Flow, address, host};
 use crate::access::{Core, Fault};
 use crate::env::Environment;
@@ -46,14 +47,6 @@ fn shape(i: &Instruction) -> Shape {
     }
 }
 
-fn masked(bits: u32, value: u64) -> u64 {
-    match bits {
-        16 => value & 0xffff,
-        32 => value & 0xffff_ffff,
-        _ => value,
-    }
-}
-
 /// Moves an index register by one element.
 fn advance(cpu: &mut CpuState, r: Gpr, s: &Shape, elements: u64) {
     let step = (s.size as u64).wrapping_mul(elements);
@@ -62,11 +55,11 @@ fn advance(cpu: &mut CpuState, r: Gpr, s: &Shape, elements: u64) {
     } else {
         cpu.gpr(r).wrapping_add(step)
     };
-    address::set_sized(cpu, r, s.address_bits, masked(s.address_bits, value));
+    address::set_sized(cpu, r, s.address_bits, value);
 }
 
 fn source<E: Environment>(core: &mut Core<'_, E>, s: &Shape) -> Result<u64, Fault> {
-    let offset = masked(s.address_bits, core.cpu.gpr(Gpr::Rsi));
+    let offset = core.cpu.gpr(Gpr::Rsi) & mask(s.address_bits);
     let linear = address::linear_for(core, s.source, offset, s.size, Access::Read)?;
     core.read_sized(linear, s.size, Privilege::of_data(core.cpu))
 }
@@ -76,20 +69,12 @@ fn destination<E: Environment>(
     s: &Shape,
     access: Access,
 ) -> Result<u64, Fault> {
-    let offset = masked(s.address_bits, core.cpu.gpr(Gpr::Rdi));
+    let offset = core.cpu.gpr(Gpr::Rdi) & mask(s.address_bits);
     address::linear_for(core, SegmentRegister::Es, offset, s.size, access)
 }
 
 fn accumulator(core: &Core<'_, impl Environment>, s: &Shape) -> u64 {
-    masked_bytes(core.cpu.gpr(Gpr::Rax), s.size)
-}
-
-fn masked_bytes(value: u64, bytes: usize) -> u64 {
-    if bytes == 8 {
-        value
-    } else {
-        value & ((1 << (8 * bytes)) - 1)
-    }
+    core.cpu.gpr(Gpr::Rax) & mask(8 * s.size as u32)
 }
 
 /// One iteration; compares set the status flags.
@@ -156,7 +141,7 @@ fn bulk<E: Environment>(core: &Core<'_, E>, s: &Shape, count: u64) -> Option<Bul
     let mut n = count.min(room(to));
     let mut from = None;
     if matches!(s.mnemonic, M::Movsb | M::Movsw | M::Movsd | M::Movsq) {
-        let offset = masked(s.address_bits, core.cpu.gpr(Gpr::Rsi));
+        let offset = core.cpu.gpr(Gpr::Rsi) & mask(s.address_bits);
         let linear = address::linear_for(core, s.source, offset, s.size, Access::Read).ok()?;
         n = n.min(room(linear));
         from = Some(linear);
@@ -170,9 +155,9 @@ fn bulk<E: Environment>(core: &Core<'_, E>, s: &Shape, count: u64) -> Option<Bul
     // The last element's segment check covers those between.
     if core.cpu.mode() != trapline_x86::Mode::Long64 {
         let limit = |segment, r| {
-            let offset = masked(s.address_bits, core.cpu.gpr(r));
+            let offset = core.cpu.gpr(r) & mask(s.address_bits);
             offset.checked_add(bytes as u64).is_some_and(|end| {
-                masked(s.address_bits, end - 1) == end - 1
+                (end - 1) & mask(s.address_bits) == end - 1
                     && address::linear_for(core, segment, offset, bytes, Access::Read).is_ok()
             })
         };
@@ -211,7 +196,7 @@ pub fn execute<E: Environment>(core: &mut Core<'_, E>, i: &Instruction) -> Execu
         s.mnemonic,
         M::Cmpsb | M::Cmpsw | M::Cmpsd | M::Cmpsq | M::Scasb | M::Scasw | M::Scasd | M::Scasq
     );
-    let count = |core: &Core<'_, E>| masked(s.address_bits, core.cpu.gpr(Gpr::Rcx));
+    let count = |core: &Core<'_, E>| core.cpu.gpr(Gpr::Rcx) & mask(s.address_bits);
     if count(core) == 0 {
         return Ok(Flow::Next);
     }

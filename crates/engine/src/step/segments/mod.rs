@@ -16,7 +16,7 @@ use crate::access::{Core, Fault};
 use crate::env::Environment;
 use crate::step::address::{self, register_value, segment_register, set_register};
 use crate::step::segments::descriptor::{self as descriptors, Descriptor};
-use crate::step::stack::access as stack_access;
+use crate::step::stack;
 use crate::step::stack::access::Stack;
 use crate::step::{Executed, Flow, events, transfer};
 use crate::tlb::{Access, Privilege};
@@ -155,7 +155,7 @@ fn push<E: Environment>(core: &mut Core<'_, E>, instr: &Instruction) -> Executed
         .cpu
         .segment(segment_register(instr.op0_register()))
         .selector;
-    stack_access::push(core, push_size(instr.code()), u64::from(selector))?;
+    stack::push(core, push_size(instr.code()), u64::from(selector))?;
     Ok(Flow::Next)
 }
 

@@ -6,6 +6,7 @@ use trapline_x86::state::InterruptShadow;
 use trapline_x86::{Exception, Gpr, Mode, Segment, SegmentRegister};
 
 use crate::step::Flow;
+use crate::step::stack;
 use crate::step::tests_support::*;
 
 const GP: crate::step::Executed = raises(Exception::general_protection(0));
@@ -94,6 +95,22 @@ fn pushes_and_pops() {
     rig.frame(4, &[u64::from(NOT_PRESENT)]);
     let absent = raises(Exception::segment_not_present(u32::from(NOT_PRESENT)));
     assert_eq!(rig.run(&[0x07]), absent);
+}
+
+#[test]
+fn real_mode_keeps_the_width_of_its_stack() {
+    let mut rig = Rig::real();
+    rig.cpu.set_gpr(Gpr::Rsp, 0x1_0000);
+    assert_eq!(stack::push(&mut rig.core(), 2, 7), Ok(()));
+    assert_eq!(rig.rsp(), 0x1_fffe, "16 bits");
+    let ss = &mut rig.cpu.seg[SegmentRegister::Ss as usize];
+    ss.rights.0 |= Rights::DB;
+    ss.limit = u32::MAX;
+    rig.cpu.set_gpr(Gpr::Rsp, 0x1_0000);
+    assert_eq!(stack::push(&mut rig.core(), 2, 7), Ok(()));
+    assert_eq!((rig.rsp(), rig.read16(0xfffe)), (0xfffe, 7), "32 bits");
+    assert_eq!(stack::pop(&mut rig.core(), 2), Ok(7));
+    assert_eq!(rig.rsp(), 0x1_0000);
 }
 
 #[test]

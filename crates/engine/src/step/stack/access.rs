@@ -1,5 +1,5 @@
-//! The stack: pushes and pops on the current stack, and frames on a stack that is about to become
-//! current (SDM vol. 1, 6.2; vol. 3, 5.12.1).
+//! Frames on the current stack, or on one that is about to become current (SDM vol. 1, 6.2; vol. 3,
+//! 5.12.1).
 
 use trapline_x86::control::{cr4, rflags};
 use trapline_x86::segment::Rights;
@@ -7,8 +7,9 @@ use trapline_x86::{CpuState, Exception, Gpr, Mode, Segment};
 
 use crate::access::{Core, Fault};
 use crate::env::Environment;
-use crate::step::address::{mask, set_sized};
-use crate::tlb::Privilege;
+use crate::step::address::{mask, permits, set_sized};
+use crate::step::stack::address_bits;
+use crate::tlb::{Access, Privilege};
 
 /// The most values that one event or instruction pushes at a time.
 const MOST_PUSHES: usize = 40;
@@ -21,18 +22,6 @@ pub fn privilege_at(cpu: &CpuState, level: u8) -> Privilege {
         Privilege::SupervisorOpen
     } else {
         Privilege::Supervisor
-    }
-}
-
-/// The width in bits (16, 32 or 64) of the stack pointer.
-#[inline]
-pub fn stack_bits(cpu: &CpuState) -> u32 {
-    if cpu.mode() == Mode::Long64 {
-        64
-    } else if cpu.ss().rights.has(Rights::DB) {
-        32
-    } else {
-        16
     }
 }
 
@@ -57,7 +46,7 @@ impl Stack {
         Self {
             segment: *cpu.ss(),
             pointer: cpu.gpr(Gpr::Rsp),
-            bits: stack_bits(cpu),
+            bits: address_bits(cpu),
             privilege: Privilege::of_data(cpu),
             error: 0,
             protected: mode >= Mode::Protected16,
@@ -100,35 +89,22 @@ impl Stack {
         }
     }
 
-    fn linear(&self, offset: u64, size: usize, write: bool) -> Result<u64, Exception> {
-        let violation = Err(Exception::stack_fault(self.error));
-        let last = offset.wrapping_add(size as u64 - 1);
-        if self.bits == 64 {
-            let canonical = CpuState::is_canonical(offset) && CpuState::is_canonical(last);
-            return if canonical { Ok(offset) } else { violation };
-        }
-        let s = &self.segment;
-        let limit = u64::from(s.limit);
-        if self.protected {
-            let permitted = if write {
-                s.rights.is_writable_data()
-            } else {
-                s.rights.is_readable()
-            };
-            if s.rights.is_unusable() || !permitted {
-                return violation;
-            }
-        }
-        let inside = if self.protected && s.rights.is_expand_down() {
-            offset > limit && last <= mask(self.bits)
+    fn linear(&self, offset: u64, size: usize, access: Access) -> Result<u64, Exception> {
+        let long = self.bits == 64;
+        let permitted = if long {
+            let last = offset.wrapping_add(size as u64 - 1);
+            CpuState::is_canonical(offset) && CpuState::is_canonical(last)
         } else {
-            last <= limit
+            permits(&self.segment, self.protected, offset, size, access)
         };
-        if inside {
-            Ok(s.base.wrapping_add(offset) & 0xffff_ffff)
-        } else {
-            violation
+        if !permitted {
+            return Err(Exception::stack_fault(self.error));
         }
+        Ok(if long {
+            offset
+        } else {
+            self.segment.base.wrapping_add(offset) & 0xffff_ffff
+        })
     }
 
     /// Pushes `values` in order, `size` (2, 4 or 8) bytes each: all or, on a fault, none.
@@ -148,7 +124,7 @@ impl Stack {
         if len != 0
             && bottom <= wrap - (len as u64 - 1)
             && values.len() <= MOST_PUSHES
-            && let Ok(linear) = self.linear(bottom, len, true)
+            && let Ok(linear) = self.linear(bottom, len, Access::Write)
         {
             // The whole frame lies in the segment: one write of it.
             let mut bytes = [0; MOST_PUSHES * 8];
@@ -172,12 +148,12 @@ impl Stack {
         // It wraps, or part of it lies outside: one by one, to find the element that faults.
         let element = |i: usize| (self.pointer & wrap).wrapping_sub((size * (i + 1)) as u64) & wrap;
         for i in 0..values.len() {
-            let linear = self.linear(element(i), size, true)?;
+            let linear = self.linear(element(i), size, Access::Write)?;
             core.check_alignment(linear, size, self.privilege)?;
             core.probe_write(linear, size, self.privilege)?;
         }
         for (i, value) in values.iter().enumerate() {
-            let linear = self.linear(element(i), size, true)?;
+            let linear = self.linear(element(i), size, Access::Write)?;
             core.write_sized(linear, size, *value, self.privilege)?;
         }
         self.pointer = bottom;
@@ -194,7 +170,7 @@ impl Stack {
         size: usize,
     ) -> Result<u64, Fault> {
         let offset = self.pointer & mask(self.bits);
-        let linear = self.linear(offset, size, false)?;
+        let linear = self.linear(offset, size, Access::Read)?;
         let value = core.read_sized(linear, size, self.privilege)?;
         self.skip(size as u64);
         Ok(value)
@@ -209,32 +185,4 @@ impl Stack {
     pub fn commit_pointer(&self, cpu: &mut CpuState) {
         set_sized(cpu, Gpr::Rsp, self.bits, self.pointer);
     }
-}
-
-/// PUSH of a value of `size` (2, 4 or 8) bytes.
-///
-/// # Errors
-/// #SS(0), page faults, restart: nothing has changed.
-#[inline]
-pub fn push<E: Environment>(core: &mut Core<'_, E>, size: usize, value: u64) -> Result<(), Fault> {
-    let bits = stack_bits(core.cpu);
-    let rsp = core.cpu.gpr(Gpr::Rsp);
-    let offset = rsp.wrapping_sub(size as u64) & mask(bits);
-    let stack = Stack::current(core.cpu);
-    let linear = stack.linear(offset, size, true)?;
-    core.write_sized(linear, size, value, stack.privilege)?;
-    set_sized(core.cpu, Gpr::Rsp, bits, offset);
-    Ok(())
-}
-
-/// POP of a value of `size` (2, 4 or 8) bytes.
-///
-/// # Errors
-/// #SS(0), page faults, restart: nothing has changed.
-#[inline]
-pub fn pop<E: Environment>(core: &mut Core<'_, E>, size: usize) -> Result<u64, Fault> {
-    let mut stack = Stack::current(core.cpu);
-    let value = stack.pop(core, size)?;
-    stack.commit_pointer(core.cpu);
-    Ok(value)
 }

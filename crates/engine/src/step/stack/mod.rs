@@ -8,25 +8,18 @@ use trapline_x86::{CpuState, Gpr, Mode, SegmentRegister};
 
 use crate::access::{Core, Fault};
 use crate::env::Environment;
+use crate::step::address::mask;
 use crate::step::{Executed, Flow, address};
 use crate::tlb::{Access, Privilege};
 
-/// The stack-address size in bits: 64 in 64-bit mode, else by SS.B.
+/// The stack-address size in bits (SDM vol. 1, 6.2.3): 64 in 64-bit mode, else by SS.B, which
+/// real mode keeps as protected mode left it.
 #[inline]
 pub fn address_bits(cpu: &CpuState) -> u32 {
     match cpu.mode() {
         Mode::Long64 => 64,
-        Mode::Real | Mode::Virtual8086 => 16,
         _ if cpu.ss().rights.has(Rights::DB) => 32,
         _ => 16,
-    }
-}
-
-fn masked(bits: u32, value: u64) -> u64 {
-    match bits {
-        16 => value & 0xffff,
-        32 => value & 0xffff_ffff,
-        _ => value,
     }
 }
 
@@ -45,10 +38,7 @@ fn linear_at<E: Environment>(
     bytes: usize,
     access: Access,
 ) -> Result<u64, Fault> {
-    let offset = masked(
-        address_bits(core.cpu),
-        core.cpu.gpr(Gpr::Rsp).wrapping_add(distance),
-    );
+    let offset = core.cpu.gpr(Gpr::Rsp).wrapping_add(distance) & mask(address_bits(core.cpu));
     address::linear_for(core, SegmentRegister::Ss, offset, bytes, access)
 }
 
@@ -74,6 +64,13 @@ pub fn probe_push<E: Environment>(core: &mut Core<'_, E>, bytes: usize) -> Resul
 pub fn peek<E: Environment>(core: &mut Core<'_, E>, bytes: usize) -> Result<u64, Fault> {
     let linear = linear_at(core, 0, bytes, Access::Read)?;
     core.read_sized(linear, bytes, Privilege::of_data(core.cpu))
+}
+
+/// Pops a value of `bytes` (2, 4 or 8).
+pub fn pop<E: Environment>(core: &mut Core<'_, E>, bytes: usize) -> Result<u64, Fault> {
+    let value = peek(core, bytes)?;
+    add_to_pointer(core.cpu, bytes as u64);
+    Ok(value)
 }
 
 /// PUSH of a register, an immediate or memory.
@@ -128,7 +125,7 @@ fn leave<E: Environment>(core: &mut Core<'_, E>, i: &Instruction) -> Executed {
         iced_x86::Code::Leaved => 4,
         _ => 8,
     };
-    let frame = masked(bits, core.cpu.gpr(Gpr::Rbp));
+    let frame = core.cpu.gpr(Gpr::Rbp) & mask(bits);
     let linear = address::linear_for(core, SegmentRegister::Ss, frame, bytes, Access::Read)?;
     let value = core.read_sized(linear, bytes, Privilege::of_data(core.cpu))?;
     address::set_sized(core.cpu, Gpr::Rsp, bits, frame.wrapping_add(bytes as u64));
@@ -152,7 +149,7 @@ fn enter<E: Environment>(core: &mut Core<'_, E>, i: &Instruction) -> Executed {
         push(core, bytes, rbp)?;
         let frame = core.cpu.gpr(Gpr::Rsp);
         for n in 1..level {
-            let offset = masked(bits, rbp.wrapping_sub(n * bytes as u64));
+            let offset = rbp.wrapping_sub(n * bytes as u64) & mask(bits);
             let linear =
                 address::linear_for(core, SegmentRegister::Ss, offset, bytes, Access::Read)?;
             let value = core.read_sized(linear, bytes, Privilege::of_data(core.cpu))?;

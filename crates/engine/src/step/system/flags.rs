@@ -7,7 +7,7 @@ use trapline_x86::{Exception, Mode};
 
 use crate::access::Core;
 use crate::env::Environment;
-use crate::step::stack::access as stack_access;
+use crate::step::stack;
 use crate::step::system::general_protection;
 use crate::step::{Executed, Flow};
 
@@ -58,7 +58,7 @@ fn push_flags<E: Environment>(core: &mut Core<'_, E>, instr: &Instruction) -> Ex
         return general_protection();
     }
     let value = core.cpu.rflags & !(rflags::RF | rflags::VM) | rflags::ONE;
-    stack_access::push(core, size(instr), value)?;
+    stack::push(core, size(instr), value)?;
     Ok(Flow::Next)
 }
 
@@ -79,7 +79,7 @@ fn pop_flags<E: Environment>(core: &mut Core<'_, E>, instr: &Instruction) -> Exe
     if size > 2 {
         changeable |= rflags::AC | rflags::ID;
     }
-    let popped = stack_access::pop(core, size)?;
+    let popped = stack::pop(core, size)?;
     let cpu = &mut *core.cpu;
     // RF is cleared whatever was popped.
     let kept = cpu.rflags & !changeable & !if size > 2 { rflags::RF } else { 0 };
