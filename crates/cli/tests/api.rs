@@ -1,31 +1,19 @@
 //! The API socket and `trapline ctl`, with a guest that counts in memory for ever.
 
+mod support;
+
 use std::io::{Read, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Child, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
+use support::{multiboot, place};
 
 /// Multiboot code: `mov eax, 0x400000; again: inc dword [eax]; jmp again`.
 const COUNT: [u8; 9] = [0xb8, 0, 0, 0x40, 0, 0xff, 0, 0xeb, 0xfc];
-
-fn multiboot(code: &[u8]) -> Vec<u8> {
-    const LOAD: u32 = 0x10_0000;
-    let (magic, flags) = (0x1bad_b002, 1u32 << 16);
-    let end = LOAD + 32 + code.len() as u32;
-    let checksum = 0u32.wrapping_sub(magic).wrapping_sub(flags);
-    let fields = [magic, flags, checksum, LOAD, LOAD, end, end, LOAD + 32];
-    let mut image: Vec<u8> = fields.iter().flat_map(|f| f.to_le_bytes()).collect();
-    image.extend_from_slice(code);
-    image
-}
-
-fn scratch(name: &str) -> PathBuf {
-    std::env::temp_dir().join(format!("trapline-api-{}-{name}", std::process::id()))
-}
 
 /// A machine with an API socket; killed if a test fails.
 struct Machine {
@@ -36,9 +24,9 @@ struct Machine {
 
 impl Machine {
     fn start(name: &str, options: &[&str]) -> Self {
-        let (kernel, socket) = (scratch(&format!("{name}.elf")), scratch(name));
+        let (kernel, socket) = (place(&format!("{name}.elf")), place(name));
         std::fs::write(&kernel, multiboot(&COUNT)).unwrap();
-        let child = Command::new(env!("CARGO_BIN_EXE_trapline"))
+        let child = support::command()
             .args([
                 "run", "--serial", "null", "--memory", "size=16M", "--cpus", "boot=2",
             ])
@@ -47,7 +35,6 @@ impl Machine {
             .arg("--api-socket")
             .arg(&socket)
             .args(options)
-            .stdin(Stdio::null())
             .stderr(Stdio::piped())
             .spawn()
             .unwrap();
@@ -276,7 +263,7 @@ fn nothing_that_a_client_does_harms_the_guest() {
 }
 
 fn ctl(machine: &Machine, words: &[&str]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_trapline"))
+    support::command()
         .args(["ctl", "--api-socket"])
         .arg(&machine.socket)
         .args(words)
@@ -324,15 +311,14 @@ fn the_ctl_command_asks_for_the_user() {
 
 #[test]
 fn a_stale_socket_is_replaced_and_one_in_use_is_not() {
-    let path = scratch("stale");
+    let path = place("stale");
     drop(UnixListener::bind(&path).unwrap());
     let machine = Machine::start("stale", &[]);
-    let second = Command::new(env!("CARGO_BIN_EXE_trapline"))
+    let second = support::command()
         .args(["run", "--serial", "null", "--kernel"])
         .arg(&machine.kernel)
         .arg("--api-socket")
         .arg(&path)
-        .stdin(Stdio::null())
         .output()
         .unwrap();
     assert_eq!(second.status.code(), Some(71));

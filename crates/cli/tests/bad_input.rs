@@ -1,59 +1,10 @@
 //! Bad input and bad guests: one clear sentence and the documented exit status.
 
-use std::path::PathBuf;
-use std::process::{Command, Output, Stdio};
+mod support;
 
-fn trapline(arguments: &[&str]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_trapline"))
-        .args(arguments)
-        .stdin(Stdio::null())
-        .output()
-        .unwrap()
-}
+use std::process::{Command, Stdio};
 
-/// Runs with arguments that must end with this status and one line that has `hint` in it.
-fn refused(arguments: &[&str], status: i32, hint: &str) {
-    let output = trapline(arguments);
-    let message = String::from_utf8(output.stderr).unwrap();
-    assert_eq!(output.status.code(), Some(status), "{message}");
-    assert!(message.starts_with("trapline: "), "{message}");
-    assert!(message.contains(hint), "{message}");
-    assert_eq!(message.lines().count(), 1, "{message}");
-}
-
-fn scratch(name: &str, content: &[u8]) -> PathBuf {
-    let path = std::env::temp_dir().join(format!("trapline-bad-{}-{name}", std::process::id()));
-    std::fs::write(&path, content).unwrap();
-    path
-}
-
-/// A pipe that nobody reads.
-fn closed_pipe() -> Stdio {
-    let (reader, writer) = std::io::pipe().unwrap();
-    drop(reader);
-    writer.into()
-}
-
-/// A Multiboot image at 1 MiB with this code.
-fn multiboot(code: &[u8]) -> Vec<u8> {
-    const LOAD: u32 = 0x10_0000;
-    let flags = 1u32 << 16;
-    let end = LOAD + 32 + code.len() as u32;
-    let checksum = 0u32.wrapping_sub(0x1bad_b002).wrapping_sub(flags);
-    let fields = [
-        0x1bad_b002,
-        flags,
-        checksum,
-        LOAD,
-        LOAD,
-        end,
-        end,
-        LOAD + 32,
-    ];
-    let mut image: Vec<u8> = fields.iter().flat_map(|f| f.to_le_bytes()).collect();
-    image.extend_from_slice(code);
-    image
-}
+use support::{closed_pipe, multiboot, refused, scratch, trapline};
 
 /// Runs an image of this name; status and message.
 fn run_image(name: &str, image: &[u8]) -> (Option<i32>, String) {
@@ -261,9 +212,8 @@ fn a_console_that_nobody_reads() {
         "--timeout",
         "20",
     ];
-    let broken = Command::new(env!("CARGO_BIN_EXE_trapline"))
+    let broken = support::command()
         .args(arguments)
-        .stdin(Stdio::null())
         .stdout(closed_pipe())
         .output()
         .unwrap();

@@ -1,41 +1,12 @@
 //! The binary as its user meets it: arguments, messages and exit statuses.
 
+mod support;
+
 use std::fs::File;
 use std::io::Read;
-use std::path::PathBuf;
-use std::process::{Command, Output, Stdio};
+use std::process::Stdio;
 
-fn trapline(arguments: &[&str]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_trapline"))
-        .args(arguments)
-        .stdin(Stdio::null())
-        .output()
-        .unwrap()
-}
-
-/// Runs with arguments that must be refused with this status and one line that has `hint` in it.
-fn refused(arguments: &[&str], status: i32, hint: &str) {
-    let output = trapline(arguments);
-    let message = String::from_utf8(output.stderr).unwrap();
-    assert_eq!(
-        output.status.code(),
-        Some(status),
-        "{arguments:?}: {message}"
-    );
-    assert!(message.contains(hint), "{arguments:?}: {message}");
-    assert!(
-        message.starts_with("trapline: "),
-        "{arguments:?}: {message}"
-    );
-    assert_eq!(message.lines().count(), 1, "{arguments:?}: {message}");
-    assert!(output.stdout.is_empty());
-}
-
-fn scratch(name: &str, content: &[u8]) -> PathBuf {
-    let path = std::env::temp_dir().join(format!("trapline-cli-{}-{name}", std::process::id()));
-    std::fs::write(&path, content).unwrap();
-    path
-}
+use support::{closed_pipe, refused, scratch, trapline};
 
 #[test]
 fn help_teaches_by_example() {
@@ -51,7 +22,7 @@ fn help_teaches_by_example() {
 
 #[test]
 fn no_command_shows_help_and_is_wrong_usage() {
-    let output = trapline(&[]);
+    let output = trapline::<&str>(&[]);
     assert_eq!(output.status.code(), Some(64));
     assert!(String::from_utf8(output.stderr).unwrap().contains("Usage:"));
 }
@@ -151,9 +122,8 @@ fn closed_outputs_are_no_panic() {
         let expected = trapline(arguments).status;
         for (broken_stdout, broken_stderr) in [(true, false), (false, true), (true, true)] {
             let sink = |broken| if broken { closed_pipe() } else { Stdio::null() };
-            let status = Command::new(env!("CARGO_BIN_EXE_trapline"))
+            let status = support::command()
                 .args(arguments)
-                .stdin(Stdio::null())
                 .stdout(sink(broken_stdout))
                 .stderr(sink(broken_stderr))
                 .status()
@@ -162,22 +132,14 @@ fn closed_outputs_are_no_panic() {
         }
         // A device that is always full.
         let full = File::options().write(true).open("/dev/full").unwrap();
-        let status = Command::new(env!("CARGO_BIN_EXE_trapline"))
+        let status = support::command()
             .args(arguments)
-            .stdin(Stdio::null())
             .stdout(full.try_clone().unwrap())
             .stderr(full)
             .status()
             .unwrap();
         assert_eq!(status, expected, "{arguments:?}");
     }
-}
-
-/// A pipe that nobody reads.
-fn closed_pipe() -> Stdio {
-    let (reader, writer) = std::io::pipe().unwrap();
-    drop(reader);
-    writer.into()
 }
 
 #[test]

@@ -1,10 +1,13 @@
 //! What the host's kernel says of a running machine's process: its threads are confined, and none
 //! of its memory is writable and executable. docs/security.md promises it.
 
+mod support;
+
 use std::fs;
 use std::io::{BufRead, BufReader, Read};
-use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Stdio};
+
+use support::build_guests;
 
 /// A machine that spins in guest code.
 struct Spinning {
@@ -13,21 +16,12 @@ struct Spinning {
 
 impl Spinning {
     fn start(name: &str, options: &[&str]) -> Self {
-        let sources = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../guests/small");
-        let images = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
-        let built = Command::new("sh")
-            .arg(sources.join("build.sh"))
-            .arg(&images)
-            .arg("hang")
-            .status()
-            .unwrap();
-        assert!(built.success(), "guests/small/build.sh");
-        let mut process = Command::new(env!("CARGO_BIN_EXE_trapline"))
+        let images = build_guests(name, &["hang"], "");
+        let mut process = support::command()
             .args(["run", "--serial", "tty", "--timeout", "60", "--cpus"])
             .args(["boot=2", "--kernel"])
             .arg(images.join("hang.elf"))
             .args(options)
-            .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .spawn()
             .unwrap();

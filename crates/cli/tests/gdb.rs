@@ -1,30 +1,17 @@
 //! The gdb stub, spoken to in gdb's remote protocol.
 
+mod support;
+
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::path::Path;
+use std::process::{Child, Stdio};
 use std::time::Duration;
+
+use support::build_guests;
 
 /// `mov al, 7; out 0xf4, al`: exit status 15.
 const EXIT_7: &str = "b007e6f4";
-
-fn build_guest(name: &str) -> PathBuf {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
-    let out = Path::new(env!("CARGO_TARGET_TMPDIR")).join("gdb");
-    let built = Command::new("bash")
-        .arg(root.join("guests/small/build.sh"))
-        .arg(&out)
-        .arg(name)
-        .output()
-        .expect("bash runs");
-    assert!(
-        built.status.success(),
-        "{}",
-        String::from_utf8_lossy(&built.stderr)
-    );
-    out.join(format!("{name}.elf"))
-}
 
 fn free_port() -> u16 {
     TcpListener::bind("127.0.0.1:0")
@@ -98,7 +85,7 @@ impl Client {
 }
 
 fn start(guest: &Path, cpus: u8, port: u16, serial: &str) -> Child {
-    Command::new(env!("CARGO_BIN_EXE_trapline"))
+    support::command()
         .args(["run", "--serial", serial, "--timeout", "60"])
         .args([
             "--cpus",
@@ -108,7 +95,6 @@ fn start(guest: &Path, cpus: u8, port: u16, serial: &str) -> Child {
         ])
         .arg("--kernel")
         .arg(guest)
-        .stdin(Stdio::null())
         .stdout(Stdio::null())
         .spawn()
         .expect("trapline starts")
@@ -116,7 +102,7 @@ fn start(guest: &Path, cpus: u8, port: u16, serial: &str) -> Child {
 
 #[test]
 fn a_debugger_rewrites_running_code() {
-    let guest = build_guest("hang");
+    let guest = build_guests("gdb-hang", &["hang"], "").join("hang.elf");
     let port = free_port();
     let console = guest.with_extension("console");
     let _ = std::fs::remove_file(&console);
@@ -152,7 +138,7 @@ fn a_debugger_rewrites_running_code() {
 
 #[test]
 fn a_client_that_vanishes_leaves_the_guest_unharmed() {
-    let guest = build_guest("exit");
+    let guest = build_guests("gdb-exit", &["exit"], "").join("exit.elf");
     let port = free_port();
     let mut trapline = start(&guest, 2, port, "null");
     // The guest may have ended before the client comes; then there is nothing to leave.
@@ -165,10 +151,10 @@ fn a_client_that_vanishes_leaves_the_guest_unharmed() {
 
 #[test]
 fn a_port_that_is_taken_is_refused_by_the_host() {
-    let guest = build_guest("exit");
+    let guest = build_guests("gdb-exit", &["exit"], "").join("exit.elf");
     let taken = TcpListener::bind("127.0.0.1:0").expect("a port");
     let port = taken.local_addr().expect("an address").port();
-    let output = Command::new(env!("CARGO_BIN_EXE_trapline"))
+    let output = support::command()
         .args([
             "run",
             "--serial",

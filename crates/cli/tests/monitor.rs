@@ -1,5 +1,7 @@
 //! The monitor console, on a terminal.
 
+mod support;
+
 use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
@@ -9,22 +11,13 @@ use std::time::{Duration, Instant};
 
 use rustix::fs::{Mode, OFlags};
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
+use support::{multiboot, scratch};
 
-/// A Multiboot image that echoes the serial line. Its code: `mov dx, 0x3fd; in al, dx; test al, 1;
+/// Multiboot code that echoes the serial line: `mov dx, 0x3fd; in al, dx; test al, 1;
 /// jz back; mov dl, 0xf8; in al, dx; out dx, al; jmp back`.
-fn echo() -> Vec<u8> {
-    const LOAD: u32 = 0x10_0000;
-    let code = [
-        0x66, 0xba, 0xfd, 0x03, 0xec, 0xa8, 0x01, 0x74, 0xf7, 0xb2, 0xf8, 0xec, 0xee, 0xeb, 0xf1,
-    ];
-    let (magic, flags) = (0x1bad_b002, 1u32 << 16);
-    let end = LOAD + 32 + code.len() as u32;
-    let checksum = 0u32.wrapping_sub(magic).wrapping_sub(flags);
-    let fields = [magic, flags, checksum, LOAD, LOAD, end, end, LOAD + 32];
-    let mut image: Vec<u8> = fields.iter().flat_map(|f| f.to_le_bytes()).collect();
-    image.extend_from_slice(&code);
-    image
-}
+const ECHO: [u8; 15] = [
+    0x66, 0xba, 0xfd, 0x03, 0xec, 0xa8, 0x01, 0x74, 0xf7, 0xb2, 0xf8, 0xec, 0xee, 0xeb, 0xf1,
+];
 
 fn terminal() -> (File, OwnedFd) {
     let controller = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).unwrap();
@@ -44,8 +37,7 @@ struct Session {
 
 impl Session {
     fn start() -> Self {
-        let kernel = std::env::temp_dir().join(format!("trapline-echo-{}", std::process::id()));
-        std::fs::write(&kernel, echo()).unwrap();
+        let kernel = scratch("echo", &multiboot(&ECHO));
         let (mut controller, user) = terminal();
         let keys = controller.try_clone().unwrap();
         let child = Command::new(env!("CARGO_BIN_EXE_trapline"))

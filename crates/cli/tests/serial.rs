@@ -1,15 +1,18 @@
 //! Each form of `--serial`.
 
+mod support;
+
 use std::io::{ErrorKind, Read, Write};
 use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::path::Path;
+use std::process::Command;
 use std::time::{Duration, Instant};
+
+use support::{multiboot, place, scratch};
 
 /// A Multiboot image that waits for a byte on the serial line if it has a `prompt`, sends
 /// "hi\n" and leaves with status 33.
 fn greeting(prompt: bool) -> Vec<u8> {
-    const LOAD: u32 = 0x10_0000;
     let mut code = Vec::new();
     if prompt {
         // mov dx, 0x3fd; in al, dx; test al, 1; jz back; mov dl, 0xf8; in al, dx
@@ -24,33 +27,21 @@ fn greeting(prompt: bool) -> Vec<u8> {
     }
     // mov al, 0x10; out 0xf4, al
     code.extend([0xb0, 0x10, 0xe6, 0xf4]);
-    let (magic, flags) = (0x1bad_b002, 1u32 << 16);
-    let end = LOAD + 32 + code.len() as u32;
-    let checksum = 0u32.wrapping_sub(magic).wrapping_sub(flags);
-    let fields = [magic, flags, checksum, LOAD, LOAD, end, end, LOAD + 32];
-    let mut image: Vec<u8> = fields.iter().flat_map(|f| f.to_le_bytes()).collect();
-    image.extend_from_slice(&code);
-    image
-}
-
-fn place(name: &str) -> PathBuf {
-    std::env::temp_dir().join(format!("trapline-serial-{}-{name}", std::process::id()))
+    multiboot(&code)
 }
 
 fn machine(kernel: &Path, serial: &str) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_trapline"));
+    let mut command = support::command();
     command
         .args(["run", "--memory", "size=16M", "--timeout", "120"])
         .args(["--serial", serial, "--kernel"])
-        .arg(kernel)
-        .stdin(Stdio::null());
+        .arg(kernel);
     command
 }
 
 /// What a machine with this serial line writes to its standard output.
 fn output(name: &str, serial: &str) -> String {
-    let kernel = place(name);
-    std::fs::write(&kernel, greeting(false)).unwrap();
+    let kernel = scratch(name, &greeting(false));
     let output = machine(&kernel, serial).output().unwrap();
     std::fs::remove_file(&kernel).unwrap();
     let message = String::from_utf8_lossy(&output.stderr).into_owned();

@@ -3,9 +3,13 @@
 //!
 //! They are assembled once, into cargo's folder for test files. GNU as and ld must be there.
 
+mod support;
+
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::Output;
 use std::sync::OnceLock;
+
+use support::build_guests;
 
 /// A guest that wrote 16 to the debug-exit port.
 const PASS: i32 = 33;
@@ -17,32 +21,16 @@ const TIMEOUT: i32 = 124;
 /// The folder of the built guests.
 fn images() -> &'static Path {
     static IMAGES: OnceLock<PathBuf> = OnceLock::new();
-    IMAGES.get_or_init(|| {
-        let sources = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../guests/small");
-        let images = Path::new(env!("CARGO_TARGET_TMPDIR")).join("small-guests");
-        let output = Command::new("sh")
-            .arg(sources.join("build.sh"))
-            .arg(&images)
-            // Fewer rounds than by hand: the model checks look at the interleavings.
-            .env("ASFLAGS", "--defsym ROUNDS=2000")
-            .output()
-            .unwrap();
-        assert!(
-            output.status.success(),
-            "guests/small/build.sh: {}",
-            String::from_utf8_lossy(&output.stderr)
-        );
-        images
-    })
+    // Fewer rounds than by hand: the model checks look at the interleavings.
+    IMAGES.get_or_init(|| build_guests("small-guests", &[], "--defsym ROUNDS=2000"))
 }
 
 /// Runs a guest with these further options.
 fn run(guest: &str, options: &[&str]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_trapline"))
+    support::command()
         .args(["run", "--serial", "tty", "--kernel"])
         .arg(images().join(guest).with_extension("elf"))
         .args(options)
-        .stdin(Stdio::null())
         .output()
         .unwrap()
 }

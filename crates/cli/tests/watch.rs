@@ -1,25 +1,18 @@
 //! `--watch`: accesses to watched guest memory are reported, and nothing else is.
 
+mod support;
+
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::Output;
 use std::sync::OnceLock;
 
 use serde_json::Value;
+use support::build_guests;
 
 /// The guest of `guests/small/watched.S`.
 fn guest() -> &'static Path {
     static IMAGE: OnceLock<PathBuf> = OnceLock::new();
-    IMAGE.get_or_init(|| {
-        let sources = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../guests/small");
-        let images = Path::new(env!("CARGO_TARGET_TMPDIR")).join("watched");
-        let output = Command::new("sh")
-            .arg(sources.join("build.sh"))
-            .args([images.as_os_str(), "watched".as_ref()])
-            .output()
-            .unwrap();
-        assert!(output.status.success(), "{output:?}");
-        images.join("watched.elf")
-    })
+    IMAGE.get_or_init(|| build_guests("watched", &["watched"], "").join("watched.elf"))
 }
 
 /// Runs the guest, which must pass; what it and trapline said.
@@ -28,12 +21,11 @@ fn run(options: &[&str]) -> (String, String) {
         status,
         stdout,
         stderr,
-    } = Command::new(env!("CARGO_BIN_EXE_trapline"))
+    } = support::command()
         .args(["run", "--cpus", "boot=2", "--memory", "size=32M"])
         .args(["--timeout", "120", "--kernel"])
         .arg(guest())
         .args(options)
-        .stdin(Stdio::null())
         .output()
         .unwrap();
     let text = |bytes| String::from_utf8(bytes).unwrap();

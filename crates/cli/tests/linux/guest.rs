@@ -125,7 +125,7 @@ impl Start<'_> {
             ),
             None => "console=ttyS0".to_owned(),
         };
-        let mut command = Command::new(env!("CARGO_BIN_EXE_trapline"));
+        let mut command = crate::support::command();
         command
             .arg("run")
             .arg("--kernel")

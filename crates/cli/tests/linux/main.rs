@@ -3,6 +3,8 @@
 
 mod archive;
 mod guest;
+#[path = "../support/mod.rs"]
+mod support;
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};

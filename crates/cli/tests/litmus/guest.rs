@@ -1,9 +1,10 @@
 //! The guest `guests/small/litmus.S`: built, run, and its report read.
 
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, OnceLock, PoisonError};
+
+use crate::support::build_guests;
 
 /// A guest that wrote 16 to the debug-exit port: no violation.
 pub const PASS: i32 = 33;
@@ -16,22 +17,7 @@ static MACHINE: Mutex<()> = Mutex::new(());
 /// The built image.
 pub fn image() -> &'static Path {
     static IMAGE: OnceLock<PathBuf> = OnceLock::new();
-    IMAGE.get_or_init(|| {
-        let sources = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../guests/small");
-        let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("litmus");
-        let output = Command::new("sh")
-            .arg(sources.join("build.sh"))
-            .arg(&folder)
-            .arg("litmus")
-            .output()
-            .unwrap();
-        assert!(
-            output.status.success(),
-            "guests/small/build.sh: {}",
-            String::from_utf8_lossy(&output.stderr)
-        );
-        folder.join("litmus.elf")
-    })
+    IMAGE.get_or_init(|| build_guests("litmus", &["litmus"], "").join("litmus.elf"))
 }
 
 /// What one litmus test said.
@@ -103,7 +89,7 @@ pub fn run(vcpus: u32, guest_options: &str, options: &[&str]) -> Run {
     let _machine = MACHINE.lock().unwrap_or_else(PoisonError::into_inner);
     // On a busy host some come late.
     let guest_options = &format!("cpus={vcpus} {guest_options}");
-    let output = Command::new(env!("CARGO_BIN_EXE_trapline"))
+    let output = crate::support::command()
         .args(["run", "--serial", "tty", "--timeout", "600", "--kernel"])
         .arg(image)
         .args(["--cpus", &format!("boot={vcpus}")])
@@ -111,7 +97,6 @@ pub fn run(vcpus: u32, guest_options: &str, options: &[&str]) -> Run {
         .args(["--cmdline", guest_options, "--stats"])
         .arg(&stats)
         .args(options)
-        .stdin(Stdio::null())
         .output()
         .unwrap();
     let out = String::from_utf8_lossy(&output.stdout);

@@ -5,6 +5,8 @@
 
 mod figures;
 mod guest;
+#[path = "../support/mod.rs"]
+mod support;
 
 use guest::{FAIL, PASS, Run, run};
 

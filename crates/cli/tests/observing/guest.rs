@@ -1,10 +1,11 @@
 //! Guests that make events, the files that come of it, and the binary.
 
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use serde_json::Value;
+
+use crate::support::{build_guests, trapline};
 
 /// One machine at a time: VCPUs that wait for each other need the host's few processors.
 static MACHINE: Mutex<()> = Mutex::new(());
@@ -23,36 +24,12 @@ pub const PASS: i32 = 33;
 /// The folder of the built guests.
 fn images() -> &'static Path {
     static IMAGES: OnceLock<PathBuf> = OnceLock::new();
-    IMAGES.get_or_init(|| {
-        let sources = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../guests/small");
-        let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("observing");
-        let output = Command::new("sh")
-            .arg(sources.join("build.sh"))
-            .arg(&folder)
-            .args(["cross_mod", "smp", "selfmod", "hang", "crash_triple"])
-            .env("ASFLAGS", "--defsym ROUNDS=100")
-            .output()
-            .unwrap();
-        assert!(
-            output.status.success(),
-            "guests/small/build.sh: {}",
-            String::from_utf8_lossy(&output.stderr)
-        );
-        folder
-    })
+    let guests = ["cross_mod", "smp", "selfmod", "hang", "crash_triple"];
+    IMAGES.get_or_init(|| build_guests("observing", &guests, "--defsym ROUNDS=100"))
 }
 
 pub fn image(guest: &str) -> PathBuf {
     images().join(guest).with_extension("elf")
-}
-
-/// The binary with these arguments.
-pub fn trapline<S: AsRef<std::ffi::OsStr>>(arguments: &[S]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_trapline"))
-        .args(arguments)
-        .stdin(Stdio::null())
-        .output()
-        .unwrap()
 }
 
 pub fn text(bytes: &[u8]) -> String {

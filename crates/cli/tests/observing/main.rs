@@ -2,6 +2,8 @@
 
 mod browser;
 mod guest;
+#[path = "../support/mod.rs"]
+mod support;
 mod trace_file;
 
 use std::collections::BTreeSet;
@@ -9,10 +11,9 @@ use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use guest::{
-    Folder, MEMORY_BYTES, PASS, command, image, machine, recorded, text, trapline, two_vcpus,
-};
+use guest::{Folder, MEMORY_BYTES, PASS, command, image, machine, recorded, text, two_vcpus};
 use serde_json::Value;
+use support::trapline;
 use trace_file::{check_nesting, check_notifications, of, span, vcpu};
 
 /// Sum over the statistics of all kinds but devices' registers.
@@ -205,9 +206,8 @@ fn the_file_is_whole_after_a_crash() {
 fn killed(test: &str, signal: &str) -> (Option<i32>, Value) {
     let folder = Folder::new(test);
     let _machine = machine();
-    let mut child = Command::new(env!("CARGO_BIN_EXE_trapline"))
+    let mut child = support::command()
         .args(command(&folder, "hang", 2))
-        .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(Stdio::null())
         .spawn()
@@ -423,19 +423,7 @@ fn the_page_holds_the_run_and_works_in_a_browser() {
 
 /// A report of these files must be refused with this status and one line that has `hint` in it.
 fn refused(arguments: &[&str], status: i32, hint: &str) {
-    let output = trapline(&[&["report"], arguments].concat());
-    let message = text(&output.stderr);
-    assert_eq!(
-        output.status.code(),
-        Some(status),
-        "{arguments:?}: {message}"
-    );
-    assert!(
-        message.starts_with("trapline: ") && message.contains(hint),
-        "{message}"
-    );
-    assert_eq!(message.lines().count(), 1, "{message}");
-    assert!(output.stdout.is_empty());
+    support::refused(&[&["report"], arguments].concat(), status, hint);
 }
 
 #[test]
@@ -499,7 +487,7 @@ fn a_reader_that_leaves_early_is_no_fault() {
     let folder = two_vcpus();
     let (reader, writer) = std::io::pipe().unwrap();
     drop(reader);
-    let output = Command::new(env!("CARGO_BIN_EXE_trapline"))
+    let output = support::command()
         .arg("report")
         .arg(folder.path("events"))
         .stdout(writer)

@@ -5,6 +5,7 @@ use std::path::Path;
 use crate::code::noise;
 use crate::random::Random;
 use crate::stage::{self, Width};
+use crate::support::multiboot;
 
 /// Files to mutate.
 pub struct Guests(Vec<Vec<u8>>);
@@ -38,7 +39,7 @@ impl Guests {
 pub fn kernel(random: &mut Random, guests: &Guests) -> (&'static str, Vec<u8>) {
     let (kind, mut image) = match random.below(if guests.0.is_empty() { 12 } else { 16 }) {
         0 => return ("noise", plain(random)),
-        1 => ("Multiboot, bare", stage::multiboot(&bare(random))),
+        1 => ("Multiboot, bare", multiboot(&bare(random))),
         2 => ("ELF, bare", elf(&bare(random))),
         3 => ("bzImage, bare", bz_image(&bare(random))),
         4..=6 => (
@@ -60,7 +61,7 @@ pub fn kernel(random: &mut Random, guests: &Guests) -> (&'static str, Vec<u8>) {
         11 => {
             let code = bare(random);
             let mut image = match random.below(3) {
-                0 => stage::multiboot(&code),
+                0 => multiboot(&code),
                 1 => elf(&code),
                 _ => bz_image(&code),
             };

@@ -13,6 +13,8 @@ mod container;
 mod random;
 mod run;
 mod stage;
+#[path = "../support/mod.rs"]
+mod support;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;

@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io::Read;
-use std::process::{Command, Stdio};
+use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use crate::random::Random;
@@ -57,10 +57,9 @@ pub fn run(worker: u64, image: &[u8], random: &mut Random) -> Ended {
     .map(str::to_owned)
     .to_vec();
     let start = Instant::now();
-    let mut child = Command::new(env!("CARGO_BIN_EXE_trapline"))
+    let mut child = crate::support::command()
         .args(&arguments)
         .env("RUST_BACKTRACE", "1")
-        .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(File::create(&errors).expect("a temporary file"))
         .spawn()

@@ -4,9 +4,7 @@
 use crate::code::noise;
 use crate::random::Random;
 
-/// Where the image is loaded.
-const LOAD: u32 = 0x10_0000;
-const HEADER_BYTES: usize = 32;
+use crate::support::{HEADER_BYTES, LOAD, multiboot};
 
 // Places of the image, from the load address.
 const ENTRY: u32 = 0x40;
@@ -51,27 +49,6 @@ impl Width {
     }
 }
 
-/// A Multiboot image loaded at 1 MiB by its address fields, entered at its first byte of `code`.
-pub fn multiboot(code: &[u8]) -> Vec<u8> {
-    let mut image = Vec::new();
-    let flags = 1u32 << 16;
-    let end = LOAD + (HEADER_BYTES + code.len()) as u32;
-    for field in [
-        0x1bad_b002,
-        flags,
-        0u32.wrapping_sub(0x1bad_b002).wrapping_sub(flags),
-        LOAD,
-        LOAD,
-        end,
-        end,
-        LOAD + HEADER_BYTES as u32,
-    ] {
-        image.extend_from_slice(&field.to_le_bytes());
-    }
-    image.extend_from_slice(code);
-    image
-}
-
 /// A kernel with random chunks.
 pub fn kernel(random: &mut Random, width: Width) -> Vec<u8> {
     let mut body = vec![0; (CHUNKS - LOAD + CHUNK_COUNT * CHUNK_BYTES) as usize];
@@ -81,8 +58,8 @@ pub fn kernel(random: &mut Random, width: Width) -> Vec<u8> {
     };
     let handler = LOAD + 0x200;
     put(
-        LOAD + HEADER_BYTES as u32,
-        &jump(LOAD + HEADER_BYTES as u32, LOAD + ENTRY),
+        LOAD + HEADER_BYTES,
+        &jump(LOAD + HEADER_BYTES, LOAD + ENTRY),
     );
     put(LOAD + ENTRY, &entry(LOAD + ENTRY, width, handler));
     put(handler, &next_chunk(width, handler));
@@ -148,7 +125,7 @@ pub fn kernel(random: &mut Random, width: Width) -> Vec<u8> {
         }
         put(CHUNKS + CHUNK_BYTES * n, &code[..CHUNK_BYTES as usize]);
     }
-    multiboot(&body[HEADER_BYTES..])
+    multiboot(&body[HEADER_BYTES as usize..])
 }
 
 /// Machine code with absolute 32-bit addresses.
