@@ -10,6 +10,15 @@ use rustix::termios::{self, OptionalActions, OutputModes, Termios};
 struct Saved {
     terminal: OwnedFd,
     modes: Termios,
+    raw: Termios,
+}
+
+impl Saved {
+    /// Makes the terminal what it was. Not after draining: a terminal whose output is held up would
+    /// keep the process from ending. If it is gone there is nothing to restore.
+    fn restore(&self) {
+        let _ = termios::tcsetattr(&self.terminal, OptionalActions::Now, &self.modes);
+    }
 }
 
 /// The process has one controlling terminal, so one place remembers it: signal threads and the
@@ -33,6 +42,7 @@ pub fn make_raw(terminal: impl AsFd) -> io::Result<()> {
         *saved = Some(Saved {
             terminal: terminal.as_fd().try_clone_to_owned()?,
             modes,
+            raw: raw.clone(),
         });
     }
     termios::tcsetattr(&terminal, OptionalActions::Flush, &raw)?;
@@ -41,19 +51,41 @@ pub fn make_raw(terminal: impl AsFd) -> io::Result<()> {
 
 /// Makes the terminal what it was before [`make_raw`]; does nothing if it is.
 pub fn restore() {
-    if let Some(Saved { terminal, modes }) = saved().take() {
-        // If the terminal is gone there is nothing to restore. Not after draining: a terminal
-        // whose output is held up would keep the process from ending.
-        let _ = termios::tcsetattr(terminal, OptionalActions::Now, &modes);
+    if let Some(saved) = saved().take() {
+        saved.restore();
     }
+}
+
+/// Makes the terminal what it was until [`resume`], for a process that is about to be stopped.
+pub fn suspend() {
+    if let Some(saved) = saved().as_ref() {
+        saved.restore();
+    }
+}
+
+/// Raw mode again, for a process that goes on after it was stopped: whoever had the terminal
+/// meanwhile left it in modes of his own. In the background nothing is done; a process that comes to
+/// the foreground is told to go on once more.
+pub fn resume() {
+    if let Some(Saved { terminal, raw, .. }) = saved().as_ref()
+        && in_foreground(terminal)
+    {
+        let _ = termios::tcsetattr(terminal, OptionalActions::Now, raw);
+    }
+}
+
+/// Whether using the terminal does not stop this process. One that does not control it is not
+/// under its job control at all.
+pub fn in_foreground(terminal: impl AsFd) -> bool {
+    termios::tcgetpgrp(terminal).map_or(true, |group| group == rustix::process::getpgrp())
 }
 
 /// As [`restore`], unless someone is just doing it: for signal handlers, which may not wait.
 pub fn restore_if_free() {
     if let Ok(saved) = SAVED.try_lock()
-        && let Some(Saved { terminal, modes }) = saved.as_ref()
+        && let Some(saved) = saved.as_ref()
     {
-        let _ = termios::tcsetattr(terminal, OptionalActions::Now, modes);
+        saved.restore();
     }
 }
 
@@ -96,9 +128,15 @@ mod tests {
         make_raw(&user).unwrap();
         make_raw(&user).unwrap();
         assert!(!local().intersects(LocalModes::ISIG | LocalModes::ICANON | LocalModes::ECHO));
+        suspend();
+        assert_eq!(local(), before);
+        resume();
+        assert!(!local().intersects(LocalModes::ISIG | LocalModes::ICANON | LocalModes::ECHO));
         restore();
         assert_eq!(local(), before);
         restore();
+        resume();
+        assert_eq!(local(), before);
 
         restore_on_panic();
         make_raw(&user).unwrap();

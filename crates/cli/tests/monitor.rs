@@ -1,16 +1,20 @@
-//! The monitor console, on a terminal.
+//! On a terminal: the monitor console, and raw mode around signals.
 
 mod support;
 
 use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
+use std::os::unix::process::ExitStatusExt;
+use std::path::PathBuf;
 use std::process::{Child, Command};
 use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
 use rustix::fs::{Mode, OFlags};
+use rustix::process::{Pid, Resource, Rlimit, Signal, kill_process, prlimit};
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
+use rustix::termios::{self, LocalModes, OptionalActions};
 use support::{multiboot, scratch};
 
 /// Multiboot code that echoes the serial line: `mov dx, 0x3fd; in al, dx; test al, 1;
@@ -33,11 +37,13 @@ struct Session {
     keys: File,
     screen: Receiver<Vec<u8>>,
     seen: String,
+    user: OwnedFd,
+    kernel: PathBuf,
 }
 
 impl Session {
-    fn start() -> Self {
-        let kernel = scratch("echo", &multiboot(&ECHO));
+    fn start(name: &str) -> Self {
+        let kernel = scratch(name, &multiboot(&ECHO));
         let (mut controller, user) = terminal();
         let keys = controller.try_clone().unwrap();
         let child = Command::new(env!("CARGO_BIN_EXE_trapline"))
@@ -46,7 +52,7 @@ impl Session {
             .arg(&kernel)
             .stdin(user.try_clone().unwrap())
             .stdout(user.try_clone().unwrap())
-            .stderr(user)
+            .stderr(user.try_clone().unwrap())
             .spawn()
             .unwrap();
         let (sender, screen) = channel();
@@ -64,7 +70,35 @@ impl Session {
             keys,
             screen,
             seen: String::new(),
+            user,
+            kernel,
         }
+    }
+
+    /// What the kernel says of the process's state; T is stopped.
+    fn state(&self) -> String {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.child.id())).unwrap();
+        let (_, fields) = stat.rsplit_once(") ").unwrap();
+        fields[..1].into()
+    }
+
+    fn is_raw(&self) -> bool {
+        let modes = termios::tcgetattr(&self.user).unwrap().local_modes;
+        !modes.intersects(LocalModes::ICANON | LocalModes::ECHO | LocalModes::ISIG)
+    }
+
+    /// Waits until it is so.
+    fn until(&self, what: &str, is_so: impl Fn(&Self) -> bool) {
+        let start = Instant::now();
+        while !is_so(self) {
+            assert!(start.elapsed() < Duration::from_secs(120), "never {what}");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    fn signal(&self, signal: Signal) {
+        let pid = Pid::from_child(&self.child);
+        kill_process(pid, signal).unwrap();
     }
 
     fn type_keys(&mut self, keys: &[u8]) {
@@ -92,12 +126,13 @@ impl Drop for Session {
     fn drop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
+        let _ = std::fs::remove_file(&self.kernel);
     }
 }
 
 #[test]
 fn commands_are_typed_beside_the_guest() {
-    let mut session = Session::start();
+    let mut session = Session::start("commands");
     // The terminal may still be on its way into raw mode: what is typed too early is lost.
     loop {
         session.type_keys(b"g");
@@ -142,4 +177,43 @@ fn commands_are_typed_beside_the_guest() {
     session.type_keys(b"\x01cquit\r");
     let status = session.child.wait().unwrap();
     assert_eq!(status.code(), Some(0));
+}
+
+#[test]
+fn whoever_stops_the_process_gets_the_terminal_back() {
+    let mut session = Session::start("stopped");
+    let cooked = termios::tcgetattr(&session.user).unwrap();
+    session.until("raw", Session::is_raw);
+    // SIGTSTP can be acted on before the process stops; SIGSTOP cannot, but a shell sets the modes too.
+    for signal in [Signal::TSTP, Signal::STOP] {
+        session.signal(signal);
+        session.until("stopped", |session| session.state() == "T");
+        if signal == Signal::TSTP {
+            assert!(!session.is_raw());
+        }
+        termios::tcsetattr(&session.user, OptionalActions::Now, &cooked).unwrap();
+        session.signal(Signal::CONT);
+        session.until("raw again", Session::is_raw);
+    }
+    session.type_keys(b"?");
+    session.expect("?");
+    session.type_keys(b"\x01x");
+    assert_eq!(session.child.wait().unwrap().code(), Some(0));
+    assert!(!session.is_raw());
+}
+
+#[test]
+fn a_quit_signal_ends_the_process_as_ever_but_restores_the_terminal() {
+    let mut session = Session::start("quit");
+    session.until("raw", Session::is_raw);
+    // No core file is wanted.
+    let none = Rlimit {
+        current: Some(0),
+        maximum: Some(0),
+    };
+    prlimit(Some(Pid::from_child(&session.child)), Resource::Core, none).unwrap();
+    session.signal(Signal::QUIT);
+    let status = session.child.wait().unwrap();
+    assert_eq!(status.signal(), Some(Signal::QUIT.as_raw()));
+    assert!(!session.is_raw());
 }

@@ -8,6 +8,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+use rustix::process::{Pid, Signal, kill_process};
 use support::{multiboot, place, scratch};
 
 /// A Multiboot image that waits for a byte on the serial line if it has a `prompt`, sends
@@ -70,6 +71,20 @@ fn a_file_holds_what_the_guest_sent_last() {
     std::fs::remove_file(&file).unwrap();
 }
 
+/// A client of the socket, as soon as somebody listens there.
+fn connected(socket: &Path) -> UnixStream {
+    let start = Instant::now();
+    loop {
+        match UnixStream::connect(socket) {
+            Ok(client) => return client,
+            Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused) => {}
+            Err(e) => panic!("{e}"),
+        }
+        assert!(start.elapsed() < Duration::from_secs(60), "no socket");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
 #[test]
 fn a_socket_carries_both_directions_and_goes_at_the_end() {
     let (kernel, socket) = (place("socket-kernel"), place("socket"));
@@ -77,21 +92,29 @@ fn a_socket_carries_both_directions_and_goes_at_the_end() {
     let mut child = machine(&kernel, &format!("socket={}", socket.display()))
         .spawn()
         .unwrap();
-    let start = Instant::now();
-    let mut client = loop {
-        match UnixStream::connect(&socket) {
-            Ok(client) => break client,
-            Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused) => {}
-            Err(e) => panic!("{e}"),
-        }
-        assert!(start.elapsed() < Duration::from_secs(60), "no socket");
-        std::thread::sleep(Duration::from_millis(5));
-    };
+    let mut client = connected(&socket);
     client.write_all(b"?").unwrap();
     let mut said = String::new();
     client.read_to_string(&mut said).unwrap();
     assert_eq!(said, "hi\n");
     assert_eq!(child.wait().unwrap().code(), Some(33));
     assert!(!socket.exists(), "the socket is left");
+    std::fs::remove_file(&kernel).unwrap();
+}
+
+#[test]
+fn a_hangup_that_was_ignored_stays_ignored() {
+    let (kernel, socket) = (scratch("nohup", &greeting(true)), place("nohup-socket"));
+    let command = format!(
+        "trap '' HUP; exec {} run --memory size=16M --timeout 120 --serial socket={} --kernel {}",
+        env!("CARGO_BIN_EXE_trapline"),
+        socket.display(),
+        kernel.display()
+    );
+    let mut child = Command::new("sh").args(["-c", &command]).spawn().unwrap();
+    let mut client = connected(&socket);
+    kill_process(Pid::from_child(&child), Signal::HUP).unwrap();
+    client.write_all(b"?").unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(33));
     std::fs::remove_file(&kernel).unwrap();
 }

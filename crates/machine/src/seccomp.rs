@@ -106,6 +106,7 @@ const FREE: &[i64] = &[
     libc::SYS_rseq,
     libc::SYS_gettid,
     libc::SYS_getpid,
+    libc::SYS_getpgrp,
     libc::SYS_exit,
     libc::SYS_exit_group,
     libc::SYS_rt_sigaction,
