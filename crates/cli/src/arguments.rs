@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use tracing_subscriber::filter::Targets;
+use tracing_subscriber::filter::{LevelFilter, Targets};
 use trapline_machine::MachineConfig;
 use trapline_machine::config::{
     ConfigError, Device, EngineKind, MAX_VCPUS, SerialMode, TraceNotify, validate_memory,
@@ -354,7 +354,12 @@ fn seconds(text: &str) -> Result<Duration, String> {
 }
 
 fn filter(text: &str) -> Result<Targets, String> {
-    text.parse().map_err(|_| {
+    // A word alone may be meant as a target, but is a level that is not spelled so more often: it
+    // would turn all messages off.
+    let is_level = |word: &str| !word.is_empty() && word.parse::<LevelFilter>().is_ok();
+    let is_sound = |word: &str| word.contains('=') || is_level(word);
+    let targets = text.split(',').all(is_sound).then(|| text.parse().ok());
+    targets.flatten().ok_or_else(|| {
         "give a level (off, error, warn, info, debug, trace) or targets with levels, for example \
          warn,trapline_devices=debug"
             .into()
@@ -469,6 +474,8 @@ mod tests {
             ("--seccomp=maybe", "log"),
             ("--device=disk", "dma-probe"),
             ("--log=a=b=c", "level"),
+            ("--log=loud", "level"),
+            ("--log=", "level"),
             ("--trace-semantics=code", "'code'"),
             ("--trace-semantics=code=strict", "'strict'"),
             ("--trace-semantics=device=bracketing", "'device'"),

@@ -12,7 +12,7 @@ use trapline_machine::{Console, Control, MachineError, StopHandle, StopReason};
 
 use crate::escape::{Escape, Key, Request};
 use crate::monitor::Monitor;
-use crate::{report, signals, terminal};
+use crate::{report, signals, standard_output, terminal};
 
 const KEYS: &str = "Ctrl-A x leaves, Ctrl-A c opens and leaves the monitor, Ctrl-A Ctrl-A sends Ctrl-A, \
                     Ctrl-A h shows this";
@@ -25,6 +25,7 @@ pub fn open(stop: &StopHandle, control: &Arc<Control>) -> Result<Console, Machin
         remedy: "give --serial null, file=PATH or socket=PATH",
         source,
     };
+    standard_output::check().map_err(|e| refused("to write to standard output", e))?;
     let (console, input) = Console::new(StandardOutput {
         stop: stop.clone(),
         open: true,
@@ -32,7 +33,7 @@ pub fn open(stop: &StopHandle, control: &Arc<Control>) -> Result<Console, Machin
     let stdin = io::stdin();
     let escape = if !stdin.is_terminal() {
         None
-    } else if in_foreground(&stdin) {
+    } else if terminal::in_foreground(&stdin) {
         terminal::make_raw(&stdin).map_err(|e| refused("raw mode of the terminal", e))?;
         Some(Escape::default())
     } else {
@@ -49,12 +50,6 @@ pub fn open(stop: &StopHandle, control: &Arc<Control>) -> Result<Console, Machin
         })
         .map_err(|e| refused("a thread for standard input", e))?;
     Ok(console)
-}
-
-/// Whether using the terminal does not stop this process. One that does not control it is not
-/// under its job control at all.
-fn in_foreground(terminal: impl AsFd) -> bool {
-    rustix::termios::tcgetpgrp(terminal).map_or(true, |group| group == rustix::process::getpgrp())
 }
 
 /// Hands what is typed to the guest or the monitor, except for escape sequences.
@@ -110,7 +105,7 @@ fn wait_for(descriptor: impl AsFd, event: PollFlags) {
     let _ = poll(&mut [PollFd::new(&descriptor, event)], None);
 }
 
-/// Standard output without a buffer. When it is closed the machine is asked to end, and what
+/// Standard output without a buffer. When it takes no more the machine is asked to end, and what
 /// the guest still writes is dropped.
 struct StandardOutput {
     stop: StopHandle,
@@ -125,9 +120,10 @@ impl Write for StandardOutput {
                 Ok(n) => return Ok(n),
                 Err(Errno::INTR) => {}
                 Err(Errno::AGAIN) => wait_for(&stdout, PollFlags::OUT),
-                Err(_) => {
+                Err(error) => {
                     self.open = false;
-                    signals::leave(&self.stop, StopReason::OutputClosed);
+                    let reason = StopReason::OutputLost(error.raw_os_error());
+                    signals::leave(&self.stop, reason);
                 }
             }
         }

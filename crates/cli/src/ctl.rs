@@ -151,9 +151,13 @@ pub fn run(arguments: &CtlArguments) -> u8 {
             exit_status::HOST_REFUSED
         };
     }
-    if !value.is_null() {
-        // Whoever closes standard output has read enough.
-        let _ = writeln!(io::stdout(), "{value:#}");
+    if !value.is_null()
+        && let Err(error) = report::print(&format!("{value:#}\n"))
+    {
+        report::line(&format!(
+            "cannot write the answer to standard output: {error}"
+        ));
+        return exit_status::HOST_REFUSED;
     }
     0
 }

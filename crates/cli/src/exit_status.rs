@@ -41,7 +41,7 @@ pub fn of_stop(reason: StopReason) -> u8 {
     match reason {
         StopReason::Console | StopReason::Control => 0,
         StopReason::Signal(number) => SIGNAL_BASE.saturating_add(number.clamp(0, 64) as u8),
-        StopReason::OutputClosed => HOST_REFUSED,
+        StopReason::OutputLost(_) => HOST_REFUSED,
     }
 }
 
@@ -70,6 +70,6 @@ mod tests {
         assert_eq!(of_stop(StopReason::Control), 0);
         assert_eq!(of_stop(StopReason::Signal(15)), 143);
         assert_eq!(of_stop(StopReason::Signal(-1)), 128);
-        assert_eq!(of_stop(StopReason::OutputClosed), 71);
+        assert_eq!(of_stop(StopReason::OutputLost(32)), 71);
     }
 }

@@ -11,6 +11,7 @@ mod monitor;
 mod report;
 mod seen;
 mod signals;
+mod standard_output;
 mod terminal;
 
 use std::path::Path;
@@ -18,7 +19,8 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use clap::Parser;
-use trapline_machine::config::SerialMode;
+use trapline_machine::config::{ConfigError, SerialMode};
+use trapline_machine::files::{self, NamedFile};
 use trapline_machine::{Console, Control, MachineConfig, MachineError, Outcome, StopHandle};
 
 use api::ApiSocket;
@@ -43,6 +45,10 @@ fn main() -> ExitCode {
 /// Runs a machine to its end and returns the exit status.
 fn run_machine(arguments: &RunArguments) -> u8 {
     let config = arguments.config();
+    // Before any of them is opened.
+    if let Err(error) = check_files(&config, arguments.log_file.as_deref()) {
+        return report::error(&error.into());
+    }
     if let Err(error) = log::start(arguments.log.clone(), arguments.log_file.as_deref()) {
         return report::error(&error);
     }
@@ -53,6 +59,17 @@ fn run_machine(arguments: &RunArguments) -> u8 {
         Ok(outcome) => report::outcome(&outcome),
         Err(error) => report::error(&error),
     }
+}
+
+/// Checks that no file is written that another option reads or writes.
+fn check_files(config: &MachineConfig, log: Option<&Path>) -> Result<(), ConfigError> {
+    let mut files = config.files();
+    files.extend(log.map(|path| NamedFile {
+        option: "--log-file",
+        path,
+        is_written: true,
+    }));
+    files::distinct(&files)
 }
 
 fn start_and_wait(

@@ -5,11 +5,24 @@ use std::io::{self, Write};
 use clap::error::ErrorKind;
 use trapline_machine::{MachineError, Outcome, StopReason};
 
-use crate::exit_status;
+use crate::{exit_status, standard_output};
 
 /// Prints a line for the user. If nobody can read it, there is nobody to tell.
 pub fn line(text: &str) {
     let _ = writeln!(io::stderr(), "trapline: {text}");
+}
+
+/// Prints what was asked for on standard output.
+///
+/// # Errors
+/// If it cannot be written. Whoever closes a pipe has read enough: that is none.
+pub fn print(text: &str) -> io::Result<()> {
+    standard_output::check()?;
+    let mut out = io::stdout();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(error),
+        _ => Ok(()),
+    }
 }
 
 /// Says why a machine cannot run and returns the exit status.
@@ -40,10 +53,11 @@ pub fn outcome(outcome: &Outcome) -> u8 {
         Outcome::Stopped(StopReason::Signal(number)) => {
             line(&format!("the machine was stopped by signal {number}"));
         }
-        Outcome::Stopped(StopReason::OutputClosed) => line(
-            "standard output was closed, so the machine was stopped; give --serial null to run \
-             without it",
-        ),
+        Outcome::Stopped(StopReason::OutputLost(errno)) => line(&format!(
+            "standard output cannot be written any more, so the machine was stopped: {}; give \
+             --serial null to run without it",
+            io::Error::from_raw_os_error(*errno)
+        )),
         Outcome::TimedOut => {
             line("the time limit passed and the machine was stopped; give a higher --timeout");
         }
@@ -66,11 +80,13 @@ pub fn usage(error: &clap::Error) -> u8 {
         }
         _ => {
             let command = match std::env::args().nth(1).as_deref() {
-                Some("report") => "report",
-                _ => "run",
+                Some("run") => "run ",
+                Some("ctl") => "ctl ",
+                Some("report") => "report ",
+                _ => "",
             };
             line(&format!(
-                "{} (see trapline {command} --help)",
+                "{} (see trapline {command}--help)",
                 sentence(&error.to_string())
             ));
             exit_status::USAGE

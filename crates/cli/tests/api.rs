@@ -2,11 +2,12 @@
 
 mod support;
 
+use std::fs::File;
 use std::io::{Read, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
-use std::process::{Child, Output, Stdio};
+use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
@@ -262,13 +263,17 @@ fn nothing_that_a_client_does_harms_the_guest() {
     machine.shut_down();
 }
 
-fn ctl(machine: &Machine, words: &[&str]) -> Output {
-    support::command()
+fn ctl_command(machine: &Machine, words: &[&str]) -> Command {
+    let mut command = support::command();
+    command
         .args(["ctl", "--api-socket"])
         .arg(&machine.socket)
-        .args(words)
-        .output()
-        .unwrap()
+        .args(words);
+    command
+}
+
+fn ctl(machine: &Machine, words: &[&str]) -> Output {
+    ctl_command(machine, words).output().unwrap()
 }
 
 #[test]
@@ -306,6 +311,10 @@ fn the_ctl_command_asks_for_the_user() {
         assert_ne!(output.status.code(), Some(0));
     }
     assert_eq!(ok(&["resume"]), Value::Null);
+    // An answer that gets lost is told.
+    let full = File::options().write(true).open("/dev/full").unwrap();
+    let lost = ctl_command(&machine, &["info"]).stdout(full).output();
+    support::is_refusal(&lost.unwrap(), 71, "standard output");
     machine.shut_down();
 }
 

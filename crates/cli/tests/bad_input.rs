@@ -2,9 +2,9 @@
 
 mod support;
 
-use std::process::{Command, Stdio};
+use std::process::{Command, Output, Stdio};
 
-use support::{closed_pipe, multiboot, refused, scratch, trapline};
+use support::{closed_pipe, is_refusal, multiboot, place, refused, scratch, trapline};
 
 /// Runs an image of this name; status and message.
 fn run_image(name: &str, image: &[u8]) -> (Option<i32>, String) {
@@ -220,18 +220,73 @@ fn a_console_that_nobody_reads() {
     let message = String::from_utf8(broken.stderr).unwrap();
     assert_eq!(broken.status.code(), Some(71), "{message}");
     assert!(message.contains("standard output"), "{message}");
-    // A closed standard output is /dev/null from the start, so the machine runs on.
-    let command = format!(
-        "exec {} run --kernel {kernel} --memory size=16M --timeout 1 >&-",
-        env!("CARGO_BIN_EXE_trapline")
-    );
-    let closed = Command::new("sh")
+    // Nor has it room on a device that is full.
+    let full = std::fs::File::options().write(true).open("/dev/full");
+    let output = support::command()
+        .args(arguments)
+        .stdout(full.unwrap())
+        .output()
+        .unwrap();
+    is_refusal(&output, 71, "No space left");
+    std::fs::remove_file(path).unwrap();
+}
+
+/// The binary run by a shell that closes its standard output first.
+fn without_output(arguments: &str) -> Output {
+    let command = format!("exec {} {arguments} >&-", env!("CARGO_BIN_EXE_trapline"));
+    Command::new("sh")
         .args(["-c", &command])
         .stdin(Stdio::null())
         .output()
-        .unwrap();
-    let message = String::from_utf8(closed.stderr).unwrap();
-    assert_eq!(closed.status.code(), Some(124), "{message}");
-    assert_eq!(message.lines().count(), 1, "{message}");
+        .unwrap()
+}
+
+#[test]
+fn a_standard_output_that_is_closed_from_the_start() {
+    // Rust's runtime puts /dev/null there, where all that is printed would be lost.
+    let path = scratch("quiet", &multiboot(&[0xb0, 0x10, 0xe6, 0xf4]));
+    let run = format!(
+        "run --memory size=16M --timeout 60 --kernel {}",
+        path.display()
+    );
+    is_refusal(&without_output(&run), 71, "standard output");
+    // Who has no use for it is not bothered.
+    for serial in ["null", "file=/dev/null"] {
+        let output = without_output(&format!("{run} --serial {serial}"));
+        assert_eq!(output.status.code(), Some(33), "{output:?}");
+        assert!(output.stderr.is_empty(), "{output:?}");
+    }
+    let stats = place("quiet-stats");
+    let output = without_output(&format!("{run} --serial null --stats {}", stats.display()));
+    assert_eq!(output.status.code(), Some(33), "{output:?}");
+    let report = format!("report {}", stats.display());
+    is_refusal(&without_output(&report), 71, "standard output");
+    for path in [path, stats] {
+        std::fs::remove_file(path).unwrap();
+    }
+}
+
+#[test]
+fn no_file_is_written_that_another_option_names() {
+    let image = multiboot(&[0xeb, 0xfe]);
+    let path = scratch("precious", &image);
+    let kernel = path.to_str().unwrap();
+    let serial = format!("file={kernel}");
+    for (option, value) in [
+        ("--serial", serial.as_str()),
+        ("--stats", kernel),
+        ("--events", kernel),
+        ("--watch-log", kernel),
+        ("--log-file", kernel),
+    ] {
+        refused(&["run", "--kernel", kernel, option, value], 64, option);
+        assert_eq!(std::fs::read(&path).unwrap(), image, "{option}");
+    }
+    let initramfs = ["run", "--kernel", "/nonexistent", "--initramfs", kernel];
+    refused(
+        &[&initramfs[..], &["--stats", kernel]].concat(),
+        64,
+        "--initramfs",
+    );
     std::fs::remove_file(path).unwrap();
 }

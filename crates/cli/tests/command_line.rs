@@ -30,6 +30,9 @@ fn no_command_shows_help_and_is_wrong_usage() {
 #[test]
 fn wrong_usage() {
     refused(&["walk"], 64, "walk");
+    refused(&["walk"], 64, "see trapline --help");
+    refused(&["ctl", "--api-socket", "s", "walk"], 64, "ctl --help");
+    refused(&["run", "--kernel", "k", "--log", "loud"], 64, "level");
     refused(&["run"], 64, "--kernel");
     refused(&["run", "--kernal", "k"], 64, "--kernel");
     refused(&["run", "--kernel", "k", "--cpus", "boot=0"], 64, "1 to 64");

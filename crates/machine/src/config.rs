@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use thiserror::Error;
 
+use crate::files::{self, NamedFile};
 use crate::gdb::GdbAddress;
 use crate::seccomp::Seccomp;
 use crate::semantics::{NoticeDelays, TraceSemantics};
@@ -127,8 +128,12 @@ pub enum ConfigError {
     LockstepVcpus(u8),
     #[error("the time limit is zero: give a positive number of seconds, for example --timeout 60")]
     ZeroTimeout,
-    #[error("{} is given for both --stats and --events: give two paths", .0.display())]
-    SameFile(PathBuf),
+    #[error("{} is given for both {first} and {second}: give two paths", path.display())]
+    SameFile {
+        path: PathBuf,
+        first: &'static str,
+        second: &'static str,
+    },
     #[error(transparent)]
     Watch(#[from] WatchError),
 }
@@ -160,7 +165,7 @@ impl MachineConfig {
         }
     }
 
-    /// Checks every rule that needs no look at the host or its files.
+    /// Checks every rule but those about the content of its files.
     pub fn validate(&self) -> Result<(), ConfigError> {
         if !(1..=MAX_VCPUS).contains(&self.vcpus) {
             return Err(ConfigError::Vcpus(self.vcpus.into()));
@@ -182,14 +187,34 @@ impl MachineConfig {
                 return Err(WatchError::NameTaken(watch.name.clone()).into());
             }
         }
-        if let Some(path) = self
-            .events
-            .as_ref()
-            .filter(|p| self.stats.as_ref() == Some(p))
-        {
-            return Err(ConfigError::SameFile(path.clone()));
-        }
+        files::distinct(&self.files())?;
         Ok(())
+    }
+
+    /// The files that it names, with their options.
+    pub fn files(&self) -> Vec<NamedFile<'_>> {
+        let serial = match &self.serial {
+            SerialMode::File(path) => Some(path),
+            SerialMode::Tty | SerialMode::Null | SerialMode::Socket(_) => None,
+        };
+        let options = [
+            ("--kernel", Some(&self.kernel), false),
+            ("--initramfs", self.initramfs.as_ref(), false),
+            ("--serial", serial, true),
+            ("--stats", self.stats.as_ref(), true),
+            ("--events", self.events.as_ref(), true),
+            ("--watch-log", self.watch_log.as_ref(), true),
+        ];
+        let named = options
+            .into_iter()
+            .filter_map(|(option, path, is_written)| {
+                Some(NamedFile {
+                    option,
+                    path: path?,
+                    is_written,
+                })
+            });
+        named.collect()
     }
 }
 
@@ -271,7 +296,12 @@ mod tests {
             with(|c| (c.stats, c.events) = (Some(stats.into()), Some(events.into())))
         };
         assert_eq!(both("a", "b"), Ok(()));
-        assert_eq!(both("a", "a"), Err(ConfigError::SameFile("a".into())));
+        let same = ConfigError::SameFile {
+            path: "a".into(),
+            first: "--stats",
+            second: "--events",
+        };
+        assert_eq!(both("a", "a"), Err(same));
     }
 
     #[test]

@@ -5,6 +5,7 @@ pub mod console;
 pub mod control;
 mod ending;
 pub mod events;
+pub mod files;
 pub mod gdb;
 mod jitdump;
 pub mod keyed;

@@ -12,8 +12,8 @@ pub enum StopReason {
     Signal(i32),
     /// The user, at the API socket or the monitor console.
     Control,
-    /// Where the serial line's output went was closed.
-    OutputClosed,
+    /// The serial line's output can go nowhere any more, for this reason of the host (an errno).
+    OutputLost(i32),
 }
 
 type Hook = Arc<dyn Fn(StopReason) + Send + Sync>;

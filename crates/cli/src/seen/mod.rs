@@ -8,7 +8,7 @@ mod stats_file;
 mod text;
 
 use std::fs;
-use std::io::{self, Write};
+use std::io;
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
@@ -82,14 +82,10 @@ fn make(arguments: &ReportArguments) -> Result<(), SeenError> {
             File::Stats(stats) => text::stats(&mut out, path, stats),
         }
     }
-    match io::stdout().write_all(out.as_bytes()) {
-        // Whoever closes standard output has read enough.
-        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(SeenError::Write {
-            path: "standard output".into(),
-            source: error,
-        }),
-        _ => Ok(()),
-    }
+    report::print(&out).map_err(|source| SeenError::Write {
+        path: "standard output".into(),
+        source,
+    })
 }
 
 /// Writes the page of the one file of events.
