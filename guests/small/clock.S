@@ -84,27 +84,33 @@ wait_slice:
     pop %rax
     ret
 
-pit_against_tsc:
-    call wait_slice
-    call read_tsc
+# shortest_slice: RAX = TSC over the shortest of ECX slices: stalls only lengthen them. Clobbers RBX,
+# RCX, RDX, RSI.
+shortest_slice:
+    mov $-1, %rsi
+1:  call read_tsc
     mov %rax, %rbx
     call wait_slice
     call read_tsc
-    mov %rax, %rcx
     sub %rbx, %rax
+    cmp %rsi, %rax
+    cmovb %rax, %rsi
+    loop 1b
+    mov %rsi, %rax
+    ret
+
+pit_against_tsc:
+    call wait_slice
+    mov $4, %ecx
+    call shortest_slice
     mov %rax, slice_tsc
-    mov $4, %ebx
-1:  call wait_slice
-    dec %ebx
-    jnz 1b
-    call read_tsc
-    sub %rcx, %rax
-    shr $2, %rax
+    mov $4, %ecx
+    call shortest_slice
     mov slice_tsc, %rcx
     mov %rcx, %rbx
     shr %rbx
     shl %rcx
-    BETWEEN "four slices of the PIT in TSC, against one", %rax, %rbx, %rcx
+    BETWEEN "slices of the PIT in TSC, against earlier ones", %rax, %rbx, %rcx
     mov %rax, %rbx
     PRINT "TSC per 20 ms: "
     mov slice_tsc, %rax
@@ -133,14 +139,18 @@ pm_elapsed:
 pm_timer:
     cmpw $0, pm_port
     je 9f
-    mov pm_port, %dx
+    mov $-1, %esi               # the shortest of five slices
+    mov $5, %ecx
+1:  mov pm_port, %dx
     inl %dx, %eax
     mov %eax, %ebx
-    mov $5, %ecx
-1:  call wait_slice
-    loop 1b
+    call wait_slice
     call pm_elapsed
-    BETWEEN "PM timer over 100 ms of the PIT", %rax, $PM_HZ/10*8/10, $PM_HZ/10*15/10
+    cmp %esi, %eax
+    cmovb %eax, %esi
+    loop 1b
+    mov %esi, %eax
+    BETWEEN "PM timer over 20 ms of the PIT", %rax, $PM_HZ/50*8/10, $PM_HZ/50*15/10
     ret
 9:  PRINT "no PM timer found\n"
     ret
@@ -183,16 +193,26 @@ real_time_clock:
     BETWEEN "RTC: day", %rax, $1, $0x31
     movzbl fields + 8, %eax
     BETWEEN "RTC: month", %rax, $1, $0x12
+    # A stall at its first edge shortens a second, one at its last lengthens it: one of three.
+    mov $3, %ecx
+1:  push %rcx
     call next_second
     call read_tsc
-    mov %rax, %rbx
+    mov %rax, %rsi
     call next_second
     call read_tsc
-    sub %rbx, %rax
+    sub %rsi, %rax
     mov slice_tsc, %rcx
     imul $30, %rcx, %rbx        # 0.6 s
-    imul $80, %rcx, %rcx        # 1.6 s
-    BETWEEN "an RTC second in TSC", %rax, %rbx, %rcx
+    imul $80, %rcx, %rdi        # 1.6 s
+    pop %rcx
+    cmp %rbx, %rax
+    jb 2f
+    cmp %rdi, %rax
+    jbe 3f
+2:  loop 1b
+3:
+    BETWEEN "an RTC second in TSC", %rax, %rbx, %rdi
     ret
 
 counter_modes:
