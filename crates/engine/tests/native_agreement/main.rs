@@ -208,6 +208,12 @@ fn the_translator_agrees_with_the_processor() {
     whole::compare(64, whole::How::Translates);
 }
 
+/// Runs that are repeated, with branches in them, as paths.
+#[test]
+fn paths_agree_with_the_processor() {
+    whole::compare(64, whole::How::TranslatesPaths);
+}
+
 /// As on a processor without BMI1 and BMI2, which look-ups use.
 #[test]
 fn the_translator_agrees_without_bit_manipulation() {

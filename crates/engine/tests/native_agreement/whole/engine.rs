@@ -4,12 +4,14 @@
 
 use std::arch::x86_64::__cpuid_count;
 use std::collections::{BTreeMap, HashMap};
-use std::sync::atomic::AtomicU32;
+use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
+use std::time::Duration;
 
 use iced_x86::Mnemonic;
 use trapline_engine::access::{Core, Fault};
+use trapline_engine::decode::block::may_be_followed;
 use trapline_engine::decode::features::Features;
-use trapline_engine::decode::{Block, DecodeEnd, OpKind, decode};
+use trapline_engine::decode::{Block, DecodeEnd, Op, OpKind, decode};
 use trapline_engine::env::{Backing, Environment, MsrFault, Restart, Span, Translation};
 use trapline_engine::native::{NativeCode, ThunkError};
 use trapline_engine::step::run::{Turn, run, run_one};
@@ -184,22 +186,49 @@ pub struct Engine {
     /// The branch by which translated code was left last.
     left_by: Option<Site>,
     site: u64,
+    how: How,
+    /// Paths that were made of runs.
+    pub paths: u64,
 }
 
 /// What executes.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum How {
     Steps,
     Translates,
     /// Without the instructions of BMI1 and BMI2.
     TranslatesPlainly,
+    /// A run is stepped first, and becomes a path of what was executed.
+    TranslatesPaths,
 }
 
 /// Something always asks for attention: so loops are left, and steps can be counted.
 static ATTENTION: AtomicU32 = AtomicU32::new(1);
+/// Nothing does as a rule: a path that is a loop goes on.
+static RARE_ATTENTION: AtomicU32 = AtomicU32::new(0);
+/// Cases that were begun with it.
+static BEGUN: AtomicU32 = AtomicU32::new(0);
+/// Instructions of a path at most.
+const LONGEST: usize = 64;
+
+/// Has a case that goes on for long counted by steps, as it may go on for ever.
+fn watch() {
+    let mut last = 0;
+    loop {
+        std::thread::sleep(Duration::from_millis(500));
+        let now = BEGUN.load(Relaxed);
+        if now == last {
+            RARE_ATTENTION.store(1, Relaxed);
+        }
+        last = now;
+    }
+}
 
 impl Engine {
     pub fn new(how: How) -> Self {
+        if how == How::TranslatesPaths {
+            std::thread::spawn(watch);
+        }
         let mut cpu = CpuState::reset();
         cpu.cr0 = cr0::PE | cr0::MP | cr0::ET | cr0::NE | cr0::WP | cr0::AM | cr0::PG;
         cpu.cr4 = cr4::PAE | cr4::OSFXSR | cr4::OSXMMEXCPT | cr4::OSXSAVE;
@@ -221,12 +250,15 @@ impl Engine {
                 How::Steps => None,
                 How::Translates => Some(Translator::new(ATTENTION.as_ptr())),
                 How::TranslatesPlainly => Some(Translator::plain(ATTENTION.as_ptr())),
+                How::TranslatesPaths => Some(Translator::new(RARE_ATTENTION.as_ptr())),
             }
             .map(|translator| translator.expect("executable memory")),
             loaded: 0,
             translated: HashMap::new(),
             left_by: None,
             site: 0,
+            how,
+            paths: 0,
         }
     }
 
@@ -293,6 +325,14 @@ impl Engine {
         kinds: &mut BTreeMap<&'static str, u64>,
     ) -> u64 {
         self.load(case);
+        if self.how == How::TranslatesPaths {
+            let rips = self.record(case);
+            self.loaded -= 1;
+            self.load(case);
+            self.make_path(&rips);
+            BEGUN.fetch_add(1, Relaxed);
+            RARE_ATTENTION.store(0, Relaxed);
+        }
         let (mut done, mut steps) = (0, 0);
         let starts = instructions.iter().map(|i| i.ip());
         let end = case.ip() + u64::from(case.len);
@@ -322,6 +362,113 @@ impl Engine {
         outcome.registers.vector.clone_from(&self.cpu.vector);
         outcome.memory.clone_from(&self.around.memory);
         done
+    }
+
+    /// Steps a run until it ends or comes back to its start: where its instructions are.
+    fn record(&mut self, case: &Case) -> Vec<u64> {
+        let mut rips: Vec<u64> = Vec::new();
+        let run = case.ip()..case.ip() + u64::from(case.len);
+        for _ in 0..MOST_STEPS {
+            let rip = self.cpu.rip;
+            let back = rip == case.ip() && rips.last().is_some_and(|&last| last != rip);
+            if !run.contains(&rip) || back || rips.len() == LONGEST {
+                break;
+            }
+            let Some(block) = self.single(rip) else { break };
+            let mut core = Core::new(&mut self.cpu, &mut self.tlb, &mut self.around);
+            if run_one(&mut core, &block).0 != Turn::Continue {
+                break;
+            }
+            // A repeated one is executed several times.
+            if rips.last() != Some(&rip) {
+                rips.push(rip);
+            }
+        }
+        rips
+    }
+
+    /// The instruction at an address of the run, to be stepped.
+    fn single(&mut self, rip: u64) -> Option<Block> {
+        let bytes = &self.around.code[(rip - CODE) as usize..];
+        let native = Some(&mut self.native);
+        match decode(bytes, rip, Mode::Long64, &self.features, native, 1) {
+            Ok(DecodeEnd::Block(block)) => Some(block),
+            _ => {
+                self.drop_all();
+                let bytes = &self.around.code[(rip - CODE) as usize..];
+                let native = Some(&mut self.native);
+                match decode(bytes, rip, Mode::Long64, &self.features, native, 1) {
+                    Ok(DecodeEnd::Block(block)) => Some(block),
+                    _ => None,
+                }
+            }
+        }
+    }
+
+    /// Makes room. Operations of translated code point to thunks, too.
+    fn drop_all(&mut self) {
+        if let Some(translator) = &mut self.translator {
+            translator.reset();
+        }
+        self.native.reset();
+        self.translated.clear();
+        self.tlb.forget_cells();
+        self.left_by = None;
+    }
+
+    /// Translates what was executed as a path, as far as there may be one, in the place of the block at
+    /// its start.
+    fn make_path(&mut self, rips: &[u64]) {
+        let (mut ops, mut guest) = (Vec::new(), Vec::new());
+        for &rip in rips {
+            let goes_on = ops.last().is_none_or(|op: &Op| {
+                let behind = rip == op.instruction.next_ip();
+                match op.kind {
+                    OpKind::Jump | OpKind::Call => rip == op.target,
+                    OpKind::JumpIf(_) => behind || rip == op.target,
+                    OpKind::JumpIndirect | OpKind::CallIndirect | OpKind::Return(_) => true,
+                    _ => behind && may_be_followed(op),
+                }
+            });
+            let bytes = &self.around.code[(rip - CODE) as usize..];
+            let decoded = decode(bytes, rip, Mode::Long64, &self.features, None, 1);
+            let Ok(DecodeEnd::Block(Block { ops: one, .. })) = decoded else {
+                break;
+            };
+            let Some(op) = one.into_iter().next().filter(|_| goes_on) else {
+                break;
+            };
+            guest.extend_from_slice(&bytes[..usize::from(op.len)]);
+            ops.push(op);
+        }
+        let Some(&rip) = rips.first() else { return };
+        let block = Block {
+            rip,
+            mode: Mode::Long64,
+            len: guest.len() as u32,
+            ops,
+        };
+        if !block.is_path() {
+            return;
+        }
+        let source = Source {
+            block: &block,
+            guest: &guest,
+            context: Context::of(&self.cpu),
+            page: 1,
+            unshared: false,
+            wary: false,
+            run_time: None,
+        };
+        let translator = self.translator.as_mut().expect("paths are translated");
+        match translator.translate(source, &mut self.native, &mut self.tlb) {
+            Ok(id) => {
+                self.paths += 1;
+                self.translated.insert((rip, false), id);
+            }
+            Err(ThunkError::Full) => self.drop_all(),
+            Err(ThunkError::Unsupported) => {}
+        }
     }
 
     /// One translated block, and what it is linked to.
@@ -397,6 +544,12 @@ impl Engine {
                         self.cpu.rip = rip;
                         return Turn::Continue;
                     }
+                    Some(Site::Misled { rip }) => {
+                        self.left_by = None;
+                        self.translated.remove(&(rip, false));
+                        self.cpu.rip = rip;
+                        return Turn::Continue;
+                    }
                     Some(Site::Branch { rip, effect }) => {
                         self.cpu.rip = rip;
                         let mut core = Core::new(&mut self.cpu, &mut self.tlb, &mut self.around);
@@ -411,25 +564,7 @@ impl Engine {
             Left::Step { address, .. } => translator.rip_of(address).expect("an instruction"),
         };
         self.cpu.rip = step_at;
-        let bytes = &self.around.code[(step_at - CODE) as usize..];
-        let native = Some(&mut self.native);
-        let single = decode(bytes, step_at, Mode::Long64, &self.features, native, 1);
-        let single = match single {
-            Err(_) => {
-                // Operations of translated code point to thunks, too.
-                translator.reset();
-                self.translated.clear();
-                self.left_by = None;
-                self.tlb.forget_cells();
-                self.native.reset();
-                let native = Some(&mut self.native);
-                decode(bytes, step_at, Mode::Long64, &self.features, native, 1)
-            }
-            single => single,
-        };
-        let Ok(DecodeEnd::Block(single)) = single else {
-            panic!("the translator has decoded it");
-        };
+        let single = self.single(step_at).expect("the translator has decoded it");
         let mut core = Core::new(&mut self.cpu, &mut self.tlb, &mut self.around);
         run_one(&mut core, &single).0
     }

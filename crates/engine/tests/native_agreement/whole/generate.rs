@@ -2,12 +2,13 @@
 //! edges of pages, branches forward within the run.
 
 use iced_x86::{
-    Code, Decoder, DecoderOptions, EncodingKind, Instruction, Mnemonic, OpKind, Register,
+    Code, Decoder, DecoderOptions, EncodingKind, Instruction, InstructionInfoFactory,
+    InstructionInfoOptions, Mnemonic, OpAccess, OpKind, Register,
 };
 use trapline_engine::decode::features::Features;
 
 use super::case::{
-    ALIGNMENT_CHECK, CODE_16, CODE_BYTES, Case, DATA, DIRECTION, PAGE, PAGES, Run, data_base,
+    ALIGNMENT_CHECK, CODE, CODE_16, CODE_BYTES, Case, DATA, DIRECTION, PAGE, PAGES, Run, data_base,
 };
 use super::engine::features;
 use super::neighbours;
@@ -15,12 +16,20 @@ use crate::case::Registers;
 use crate::generate::{Generator as Single, floats, number};
 use crate::random::Random;
 
+/// Counts how often a run is still to be executed.
+const COUNTER: Register = Register::R12;
+/// Leads an indirect branch before the run.
+const LEADER: Register = Register::R13;
+
 pub struct Generator {
     single: Single,
     features: Features,
     bits: u32,
     /// Some cases check alignment.
     checks_alignment: bool,
+    /// Most runs are repeated a few times, by a branch back at their end.
+    loops: bool,
+    written: InstructionInfoFactory,
     case: Case,
 }
 
@@ -109,12 +118,14 @@ const RARE: &[&[u8]] = &[
 ];
 
 impl Generator {
-    pub fn new(seed: u64, bits: u32, checks_alignment: bool) -> Self {
+    pub fn new(seed: u64, bits: u32, checks_alignment: bool, loops: bool) -> Self {
         Self {
             single: Single::new(seed ^ 0x5eed, bits),
             features: features(),
             bits,
             checks_alignment,
+            loops,
+            written: InstructionInfoFactory::new(),
             case: Case {
                 bits,
                 ..Case::default()
@@ -147,6 +158,9 @@ impl Generator {
             bytes.push(one);
         }
         self.retarget(&mut bytes);
+        if self.loops && !self.single.random.one_in(4) {
+            self.repeat(&mut bytes, &mut case.registers);
+        }
         let mut instructions = Vec::new();
         let mut at = 0;
         for one in &bytes {
@@ -240,6 +254,51 @@ impl Generator {
             let distance = (target - ends[n]) as u64;
             bytes[n][at..at + size].copy_from_slice(&distance.to_le_bytes()[..size]);
         }
+    }
+
+    /// Has the run executed up to four times, with some branches that lead on before it, if nothing in it
+    /// writes the register that counts.
+    fn repeat(&mut self, bytes: &mut Vec<Vec<u8>>, registers: &mut Registers) {
+        if self.writes(bytes, COUNTER) {
+            return;
+        }
+        let led = !self.writes(bytes, LEADER);
+        let random = &mut self.single.random;
+        let before: &[&[u8]] = match random.below(if led { 4 } else { 2 }) {
+            0 => &[&[0xeb, 0]],                               // jmp to what follows
+            1 => &[&[0xe8, 2, 0, 0, 0], &[0xeb, 1], &[0xc3]], // call 1f; jmp 2f; 1: ret; 2:
+            2 => &[&[0x41, 0xff, 0xe5]],                      // jmp *%r13
+            _ => &[&[0x41, 0xff, 0xd5]],                      // call *%r13
+        };
+        let before: Vec<Vec<u8>> = before.iter().map(|one| one.to_vec()).collect();
+        let first: usize = before.iter().map(Vec::len).sum();
+        let len: usize = first + bytes.iter().map(Vec::len).sum::<usize>();
+        if len + 9 > CODE_BYTES {
+            return;
+        }
+        registers.gpr[COUNTER.number()] = 1 + random.below(4) as u64;
+        if led && !random.one_in(8) {
+            registers.gpr[LEADER.number()] = CODE + first as u64;
+        }
+        bytes.splice(0..0, before);
+        bytes.push(vec![0x49, 0xff, 0xcc]); // dec %r12
+        let mut back = vec![0x0f, 0x85]; // jne
+        back.extend_from_slice(&(-(len as i32) - 9).to_le_bytes());
+        bytes.push(back);
+    }
+
+    /// Whether instructions write a register, or a part of it.
+    fn writes(&mut self, bytes: &[Vec<u8>], register: Register) -> bool {
+        let decoded: Vec<_> = bytes.iter().map(|one| self.decode(one, 0)).collect();
+        decoded.iter().any(|i| {
+            let info = self
+                .written
+                .info_options(i, InstructionInfoOptions::NO_MEMORY_USAGE);
+            info.used_registers().iter().any(|used| {
+                let reads = matches!(used.access(), OpAccess::Read | OpAccess::CondRead);
+                used.register().full_register() == register && !reads
+            })
+        })
     }
 
     fn change_world(&mut self) {

@@ -26,7 +26,12 @@ pub fn compare(bits: u32, how: How) {
     println!("TRAPLINE_RANDOM_SEED={seed:#x} TRAPLINE_RANDOM_INSTRUCTIONS={count}");
     let mut engine = Engine::new(how);
     // Code that checks alignment is never translated.
-    let mut generator = Generator::new(seed, bits, !engine.translates());
+    let mut generator = Generator::new(
+        seed,
+        bits,
+        !engine.translates(),
+        how == How::TranslatesPaths,
+    );
     let mut processor = Processor::start();
     let mut outcome = Outcome::default();
     let (mut done, mut cases, mut instructions) = (0, 0, 0);
@@ -76,6 +81,8 @@ pub fn compare(bits: u32, how: How) {
             entry.0 += 1;
         }
     }
+    println!("{} paths", engine.paths);
+    assert_eq!(engine.paths > 0, how == How::TranslatesPaths);
     println!(
         "{done} instructions generated, {instructions} completed, by vector: {vectors:?}, by kind: {kinds:?}, {astray} runs went astray"
     );
