@@ -7,9 +7,10 @@ use trapline_engine::access::{Core, Fault};
 use trapline_engine::decode::{Block, DecodeEnd, decode};
 use trapline_engine::env::Backing;
 use trapline_engine::native::ThunkError;
+use trapline_engine::step::events::Event;
 use trapline_engine::tlb::{Access, Privilege};
 use trapline_engine::translate::{BlockId, Context, RunTime, Source, tail};
-use trapline_trace::{Kind, Range, Sense, TraceId, VcpuSet};
+use trapline_trace::{Kind, Range, TraceId};
 use trapline_x86::{CpuState, Exception, Mode};
 
 use crate::code_cache::{CachedBlock, Form, Key};
@@ -48,6 +49,18 @@ impl Vcpu {
     #[inline]
     fn context(&self, single: bool) -> u8 {
         self.cpu.mode() as u8 | u8::from(single) << 6 | u8::from(self.cpu.cpl() == 3) << 7
+    }
+
+    /// As [`Self::fetch`]; `None` if the instruction is to start again or raised an exception, which
+    /// is noted to be delivered.
+    #[inline]
+    pub(crate) fn fetched(&mut self, wanted: Wanted) -> Option<Rc<CachedBlock>> {
+        match self.fetch(wanted) {
+            Ok(block) => return Some(block),
+            Err(Fault::Restart) => self.surroundings.exits.restarts += 1,
+            Err(Fault::Exception(e)) => self.undelivered = Some(Event::Exception(e)),
+        }
+        None
     }
 
     /// The block at RIP.
@@ -447,25 +460,9 @@ impl Vcpu {
 
     pub(crate) fn establish(&mut self, range: Range) -> Result<Option<TraceId>, Fault> {
         let s = &mut self.surroundings;
-        let (code, shadow, descriptors) = (&mut s.code, &mut s.shadow, &mut s.descriptors);
-        let (memory, vcpu, tlb) = (&*s.memory, s.vcpu, &mut self.tlb);
-        s.trace
-            .establish(
-                Some(vcpu),
-                VcpuSet::one(vcpu),
-                range,
-                Kind::Code,
-                Sense::WRITE,
-                0,
-                &mut |notice| {
-                    Surroundings::apply(code, shadow, descriptors, memory, vcpu, tlb, &notice)
-                },
-            )
-            .map(|id| {
-                code.use_trace(id);
-                Some(id)
-            })
-            .map_err(|_| Fault::Restart)
+        let id = s.trace_writes(&mut self.tlb, range, Kind::Code)?.id;
+        s.code.use_trace(id);
+        Ok(Some(id))
     }
 
     fn release(&mut self, traces: [Option<TraceId>; 2]) {

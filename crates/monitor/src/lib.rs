@@ -4,8 +4,8 @@
 //! - The way of a fault is in [`surroundings`]: TLB miss, page walk, sensed access, device.
 //! - The way of a notification: another VCPU's sensed access (or a device's) reaches this VCPU's
 //!   mailbox in the trace subsystem and raises its attention word; the run loop sees the word at an
-//!   instruction boundary, acknowledges, and applies the notice with
-//!   [`surroundings::Surroundings::apply`] to the [`code_cache`] and the TLB.
+//!   instruction boundary, acknowledges, and applies the notice to
+//!   the [`code_cache`], the TLB and the other derived structures (surroundings/derived.rs).
 
 pub mod clock;
 pub mod code_cache;

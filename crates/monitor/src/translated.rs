@@ -4,7 +4,7 @@
 use std::rc::Rc;
 use std::sync::Arc;
 
-use trapline_engine::access::{Core, Fault};
+use trapline_engine::access::Core;
 use trapline_engine::env::Environment;
 use trapline_engine::step::events::Event;
 use trapline_engine::step::run::{Turn, run_one};
@@ -84,16 +84,8 @@ impl Vcpu {
                 continue;
             }
             let unshared = matches!(self.came_from, From::Link(_, _, true));
-            let block = match self.fetch(Wanted::Translated(context, unshared)) {
-                Ok(block) => block,
-                Err(Fault::Restart) => {
-                    self.surroundings.exits.restarts += 1;
-                    return;
-                }
-                Err(Fault::Exception(e)) => {
-                    self.undelivered = Some(Event::Exception(e));
-                    return;
-                }
+            let Some(block) = self.fetched(Wanted::Translated(context, unshared)) else {
+                return;
             };
             let Some(entry) = self.enter(&block, context) else {
                 // Nothing is translated there: no RAM, or code that never stops changing.
@@ -228,16 +220,8 @@ impl Vcpu {
     /// Steps the instruction at RIP.
     pub(crate) fn step(&mut self) {
         self.surroundings.exits.steps += 1;
-        let block = match self.fetch(Wanted::Single) {
-            Ok(block) => block,
-            Err(Fault::Restart) => {
-                self.surroundings.exits.restarts += 1;
-                return;
-            }
-            Err(Fault::Exception(e)) => {
-                self.undelivered = Some(Event::Exception(e));
-                return;
-            }
+        let Some(block) = self.fetched(Wanted::Single) else {
+            return;
         };
         let mut core = Core::new(&mut self.cpu, &mut self.tlb, &mut self.surroundings);
         let (turn, done) = run_one(&mut core, &block.block);

@@ -7,7 +7,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use trapline_engine::access::{Core, Fault};
+use trapline_engine::access::Core;
 use trapline_engine::decode::Features;
 use trapline_engine::env::Environment;
 use trapline_engine::native::{NativeCode, NativeError};
@@ -211,10 +211,8 @@ impl Vcpu {
                 }
                 continue;
             }
-            match self.fetch(Wanted::Decoded) {
-                Ok(block) => self.execute(&block),
-                Err(Fault::Restart) => self.surroundings.exits.restarts += 1,
-                Err(Fault::Exception(e)) => self.undelivered = Some(Event::Exception(e)),
+            if let Some(block) = self.fetched(Wanted::Decoded) {
+                self.execute(&block);
             }
         }
     }

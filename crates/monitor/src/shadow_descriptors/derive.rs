@@ -4,7 +4,7 @@ use trapline_engine::access::Fault;
 use trapline_engine::env::{Backing, Environment};
 use trapline_engine::system_item::{Decoded, SystemItem};
 use trapline_engine::tlb::{Access, Privilege, Tlb};
-use trapline_trace::{Kind, Range, Sense, VcpuSet};
+use trapline_trace::{Kind, Range};
 use trapline_x86::CpuState;
 
 use super::Known;
@@ -72,20 +72,7 @@ impl Surroundings {
         tlb: &mut Tlb,
         range: Range,
     ) -> Result<trapline_trace::TraceId, Fault> {
-        let (code, shadow) = (&mut self.code, &mut self.shadow);
-        let descriptors = &mut self.descriptors;
-        let (memory, vcpu) = (&*self.memory, self.vcpu);
-        self.trace
-            .establish(
-                Some(vcpu),
-                VcpuSet::one(vcpu),
-                range,
-                Kind::Descriptor,
-                Sense::WRITE,
-                0,
-                &mut |notice| Self::apply(code, shadow, descriptors, memory, vcpu, tlb, &notice),
-            )
-            .map_err(|_| Fault::Restart)
+        Ok(self.trace_writes(tlb, range, Kind::Descriptor)?.id)
     }
 
     /// Reads up to eight bytes within a page, eight aligned ones at once.

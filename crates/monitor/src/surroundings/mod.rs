@@ -4,7 +4,10 @@
 //! The way of a fault: a TLB miss comes here ([`Environment::translate`]), is found in the shadow
 //! page tables or walked, and is either entered into the TLB, or found to need sensing, or found to be no RAM. A sensed access
 //! goes through the trace subsystem ([`Environment::sensed`]); notices that reach this VCPU are
-//! applied to its derived structures by [`Surroundings::apply`] and nowhere else.
+//! applied to its derived structures by [`derived::Derived::apply`] and nowhere else.
+
+mod derived;
+mod walk;
 
 use std::sync::Arc;
 
@@ -15,9 +18,9 @@ use trapline_engine::tlb::{Access, Privilege, Tlb};
 use trapline_memory::GuestMemory;
 use trapline_memory::watch::Touch;
 use trapline_trace::observer::Witness;
-use trapline_trace::{Actor, Kind, Notice, Phase, Range, Sense, TraceSystem, VcpuId, VcpuSet};
+use trapline_trace::{Actor, Kind, Notice, Phase, Range, Sense, TraceSystem, VcpuId};
 use trapline_x86::cpuid::{CpuidDynamic, CpuidModel};
-use trapline_x86::paging::{self, Page, PhysicalMemory, Request};
+use trapline_x86::paging::Request;
 use trapline_x86::{CpuState, Exception, msr};
 
 use crate::clock::Pace;
@@ -26,7 +29,7 @@ use crate::interrupt::LocalInterrupts;
 use crate::lockstep::rehearsal::{MemoryDifference, Rehearsal};
 use crate::platform::Platform;
 use crate::shadow_descriptors::ShadowDescriptors;
-use crate::shadow_pages::{Fill, ShadowPages};
+use crate::shadow_pages::ShadowPages;
 use crate::signals::attention;
 use crate::statistics::Exits;
 use crate::translated_code::CodeObserver;
@@ -142,210 +145,8 @@ impl Surroundings {
         access != Access::Fetch && rehearsal.is_some_and(|rehearsal| rehearsal.active)
     }
 
-    /// Applies a notice to this VCPU's derived structures.
-    pub fn apply(
-        code: &mut CodeCache,
-        shadow: &mut ShadowPages,
-        descriptors: &mut ShadowDescriptors,
-        memory: &GuestMemory,
-        vcpu: VcpuId,
-        tlb: &mut Tlb,
-        notice: &Notice,
-    ) {
-        match notice {
-            Notice::Notification(n) => match n.kind {
-                Kind::Code if code.invalidate(n.written) => {
-                    tlb.bump_epoch();
-                    for rip in code.take_removed() {
-                        tlb.remove_jump(rip);
-                    }
-                }
-                // The TLB stays as it is until the guest flushes.
-                Kind::Mmu => shadow.apply(n, |gpa, bytes| match bytes {
-                    4 => memory.read_u32(gpa).map(u64::from),
-                    _ => memory.read_u64(gpa),
-                }),
-                Kind::Descriptor => {
-                    descriptors.invalidate(n.written, n.actor != Actor::Vcpu(vcpu));
-                }
-                _ => {}
-            },
-            Notice::Revoke { page, sense } => {
-                tlb.revoke(*page, Access::Write);
-                if sense.read {
-                    tlb.revoke(*page, Access::Read);
-                }
-                if sense.read {
-                    descriptors.reads_are_sensed(*page);
-                }
-                memory.release(vcpu, *page, *sense);
-            }
-        }
-    }
-
-    /// Removes the traces of derived structures that are gone.
-    pub fn remove_released(&mut self) {
-        for id in self.code.take_released() {
-            self.trace.remove(self.vcpu, id);
-        }
-        self.remove_released_tables();
-        self.remove_descriptor_traces();
-    }
-
-    /// Removes the traces of shadow descriptors that are gone.
-    pub(crate) fn remove_descriptor_traces(&mut self) {
-        for id in self.descriptors.take_released() {
-            self.trace.remove(self.vcpu, id);
-        }
-    }
-
-    /// Removes the traces of shadow page tables that are gone.
-    fn remove_released_tables(&mut self) {
-        for id in self.shadow.take_released() {
-            self.trace.remove(self.vcpu, id);
-        }
-    }
-
-    /// Acknowledges and applies what the trace subsystem has for this VCPU, at an instruction
-    /// boundary.
-    pub fn boundary(&mut self, tlb: &mut Tlb) {
-        let (code, shadow) = (&mut self.code, &mut self.shadow);
-        let descriptors = &mut self.descriptors;
-        let (memory, vcpu) = (&*self.memory, self.vcpu);
-        self.trace.boundary(vcpu, &mut |notice| {
-            Self::apply(code, shadow, descriptors, memory, vcpu, tlb, &notice)
-        });
-    }
-
-    /// Translates by a walk of guest memory, and keeps what it read in the shadow page tables.
-    fn walk(
-        &mut self,
-        cpu: &CpuState,
-        tlb: &mut Tlb,
-        linear: u64,
-        request: Request,
-    ) -> Result<Page, Fault> {
-        self.shadow.before_walk();
-        loop {
-            let mut walk_memory = WalkMemory {
-                surroundings: self,
-                tlb,
-                rip: cpu.rip,
-                restart: false,
-            };
-            let walked = paging::walk_path(cpu, &mut walk_memory, linear, request);
-            if walk_memory.restart {
-                return Err(Fault::Restart);
-            }
-            let (page, path) = walked?;
-            let memory = &self.memory;
-            match self
-                .shadow
-                .fill(&path, |gpa| memory.host_address(gpa).is_some())
-            {
-                Fill::Done => return Ok(page),
-                Fill::Trace(range) => self.trace_table(tlb, range)?,
-            }
-        }
-    }
-
-    /// Traces a guest page table: its entries are read for copying only after that.
-    ///
-    /// # Errors
-    /// The instruction must start again: it may already have translated another operand to a page
-    /// that this VCPU may not access directly any more.
-    fn trace_table(&mut self, tlb: &mut Tlb, range: Range) -> Result<(), Fault> {
-        if self.shadow.has_released() {
-            self.remove_released_tables();
-        }
-        let (code, shadow) = (&mut self.code, &mut self.shadow);
-        let descriptors = &mut self.descriptors;
-        let (memory, vcpu) = (&*self.memory, self.vcpu);
-        let mut noticed = false;
-        let established = self.trace.establish(
-            Some(vcpu),
-            VcpuSet::one(vcpu),
-            range,
-            Kind::Mmu,
-            Sense::WRITE,
-            0,
-            &mut |notice| {
-                noticed = true;
-                Self::apply(code, shadow, descriptors, memory, vcpu, tlb, &notice);
-            },
-        );
-        if let Ok(id) = established {
-            self.shadow.add_trace(range, id);
-        }
-        if noticed || established.is_err() {
-            return Err(Fault::Restart);
-        }
-        Ok(())
-    }
-
     fn dynamic(&self, cpu: &CpuState) -> CpuidDynamic {
         CpuidDynamic::of(cpu, self.apic.id())
-    }
-}
-
-/// Guest-physical memory for the page walk: its writes (accessed and dirty bits) are sensed like
-/// any other.
-struct WalkMemory<'a> {
-    surroundings: &'a mut Surroundings,
-    tlb: &'a mut Tlb,
-    /// Of the instruction for which the tables are walked.
-    rip: u64,
-    /// A sensed write had to wait and found something changed: the instruction starts again.
-    restart: bool,
-}
-
-impl WalkMemory<'_> {
-    fn exchange<T>(
-        &mut self,
-        gpa: u64,
-        bytes: u32,
-        old: T,
-        exchange: impl Fn(&GuestMemory) -> Option<Result<(), T>>,
-    ) -> Result<(), T> {
-        let s = &mut *self.surroundings;
-        s.rehearse(|trial| trial.walked(gpa));
-        if s.memory.hold(s.vcpu, gpa, Sense::WRITE) {
-            return exchange(&s.memory).unwrap_or(Err(old));
-        }
-        let mut result = None;
-        let memory = Arc::clone(&s.memory);
-        s.shadow.updating = true;
-        let sensed = s.sensed(
-            self.tlb,
-            self.rip,
-            &[Span { gpa, len: bytes }],
-            Access::Write,
-            &mut || result = exchange(&memory),
-        );
-        s.shadow.updating = false;
-        if sensed.is_err() {
-            self.restart = true;
-            return Err(old);
-        }
-        result.unwrap_or(Err(old))
-    }
-}
-
-impl PhysicalMemory for WalkMemory<'_> {
-    fn address_bits(&self) -> u32 {
-        self.surroundings.cpuid.physical_address_bits()
-    }
-    fn read_u64(&mut self, gpa: u64) -> Option<u64> {
-        self.surroundings.memory.read_u64(gpa)
-    }
-    fn read_u32(&mut self, gpa: u64) -> Option<u32> {
-        self.surroundings.memory.read_u32(gpa)
-    }
-    fn compare_exchange_u64(&mut self, gpa: u64, old: u64, new: u64) -> Result<(), u64> {
-        self.exchange(gpa, 8, old, |m| m.compare_exchange_u64(gpa, old, new))
-    }
-    fn compare_exchange_u32(&mut self, gpa: u64, old: u32, new: u32) -> Result<(), u32> {
-        self.exchange(gpa, 4, old, |m| m.compare_exchange_u32(gpa, old, new))
     }
 }
 
@@ -446,19 +247,18 @@ impl Environment for Surroundings {
     ) -> Result<(), Restart> {
         self.exits.sensed += 1;
         let (ranges, pieces) = ranges(spans);
-        let (code, shadow) = (&mut self.code, &mut self.shadow);
-        let descriptors = &mut self.descriptors;
-        let (memory, vcpu) = (&*self.memory, self.vcpu);
+        let vcpu = self.vcpu;
         let touch = Touch {
             actor: Actor::Vcpu(vcpu),
             rip: Some(rip),
             ranges: &ranges,
             sense: sense(access),
         };
-        let announced = &self.announced;
+        let mut announced = std::mem::take(&mut self.announced);
+        let (trace, mut derived) = self.derived(tlb);
+        let memory = derived.memory;
         let mut watchpoint = None;
-        let done = self
-            .trace
+        let done = trace
             .access_foreseen(
                 Actor::Vcpu(vcpu),
                 &ranges[..pieces],
@@ -471,10 +271,10 @@ impl Environment for Surroundings {
                     {
                         watchpoint = Some(n.cookie);
                     }
-                    Self::apply(code, shadow, descriptors, memory, vcpu, tlb, &notice);
+                    derived.apply(&notice);
                 },
                 &mut |phase| match phase {
-                    Phase::Foresee(value) => value.extend_from_slice(announced),
+                    Phase::Foresee(value) => value.extend_from_slice(&announced),
                     Phase::Perform => {
                         if access == Access::Write {
                             memory.before_write(&ranges);
@@ -484,9 +284,10 @@ impl Environment for Surroundings {
                 },
             )
             .map_err(|_| Restart);
-        self.announced.clear();
+        announced.clear();
+        self.announced = announced;
         done?;
-        memory.after_writes(&self.trace);
+        self.memory.after_writes(&self.trace);
         if access == Access::Write {
             for span in spans {
                 self.descriptors.note_write(span.gpa);
@@ -515,27 +316,27 @@ impl Environment for Surroundings {
     ) -> Result<(), Restart> {
         self.exits.split_locks += 1;
         let (ranges, pieces) = ranges(spans);
-        let (code, shadow) = (&mut self.code, &mut self.shadow);
-        let descriptors = &mut self.descriptors;
-        let (memory, vcpu) = (&*self.memory, self.vcpu);
+        let vcpu = self.vcpu;
         let touch = Touch {
             actor: Actor::Vcpu(vcpu),
             rip: Some(rip),
             ranges: &ranges,
             sense: Sense::BOTH,
         };
-        self.trace
+        let (trace, mut derived) = self.derived(tlb);
+        let memory = derived.memory;
+        trace
             .exclusive(
                 vcpu,
                 &ranges[..pieces],
-                &mut |notice| Self::apply(code, shadow, descriptors, memory, vcpu, tlb, &notice),
+                &mut |notice| derived.apply(&notice),
                 &mut || {
                     memory.before_write(&ranges);
                     memory.watches().perform(memory, touch, perform);
                 },
             )
             .map_err(|_| Restart)?;
-        memory.after_writes(&self.trace);
+        self.memory.after_writes(&self.trace);
         Ok(())
     }
 
@@ -664,12 +465,9 @@ impl Environment for Surroundings {
         if self.shadow.is_empty() {
             return;
         }
-        let (code, shadow) = (&mut self.code, &mut self.shadow);
-        let descriptors = &mut self.descriptors;
-        let (memory, vcpu) = (&*self.memory, self.vcpu);
-        self.trace.settle(vcpu, &mut |notice| {
-            Self::apply(code, shadow, descriptors, memory, vcpu, tlb, &notice);
-        });
+        let vcpu = self.vcpu;
+        let (trace, mut derived) = self.derived(tlb);
+        trace.settle(vcpu, &mut |notice| derived.apply(&notice));
         self.shadow.flushed();
     }
 
