@@ -6,7 +6,7 @@ use iced_x86::{EncodingKind, Instruction, Mnemonic, OpKind as Operand, Register}
 use trapline_x86::{CpuState, Exception, Gpr, Mode};
 
 use super::{Executed, Flow, address, run};
-use crate::access::{Core, Fault, OperandAccess};
+use crate::access::{Core, Fault, OperandAccess, host_fault};
 use crate::decode::Op;
 use crate::decode::op::is_compress;
 use crate::env::Environment;
@@ -364,7 +364,7 @@ pub fn mask_move<E: Environment>(core: &mut Core<'_, E>, i: &Instruction) -> Exe
     let (data, mask) = (i.op1_register(), i.op2_register());
     let (data, mask, size) = if data.is_mm() {
         if run::x87_pending(core.cpu) {
-            return Err(run::host_exception(16));
+            return Err(host_fault(16));
         }
         let mm = |r: Register| {
             let at = mmx_offset(core.cpu, r.number());

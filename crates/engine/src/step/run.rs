@@ -6,7 +6,7 @@ use trapline_x86::state::InterruptShadow;
 use trapline_x86::{CpuState, Exception, Mode, Vector};
 
 use super::{Executed, Flow, address, bits, control, masked, stack, strings, xstate};
-use crate::access::{Core, Fault, OperandAccess};
+use crate::access::{Core, Fault, OperandAccess, host_fault};
 use crate::decode::op::{FlatAddress, NO_REGISTER, RegOperand, StateCheck};
 use crate::decode::{Block, Op, OpKind};
 use crate::env::Environment;
@@ -196,13 +196,6 @@ pub(super) fn call(thunk: Thunk, cpu: &mut CpuState, operand: *mut u8) -> Result
     unsafe { native::call(thunk, cpu, operand) }.map_err(|fault| fault.vector)
 }
 
-/// The guest's exception for a vector that the host raised.
-pub(super) fn host_exception(vector: u8) -> Fault {
-    Fault::Exception(
-        Exception::from_host_vector(vector).unwrap_or(Exception::general_protection(0)),
-    )
-}
-
 #[inline(always)]
 fn read_register(cpu: &CpuState, r: RegOperand) -> u64 {
     let value = cpu.gpr[usize::from(r.index & 15)];
@@ -298,7 +291,7 @@ pub(super) fn floating_point_exception(cpu: &CpuState, vector: u8) -> Fault {
     if vector == 19 && cpu.cr4 & cr4::OSXMMEXCPT == 0 {
         return Exception::invalid_opcode().into();
     }
-    host_exception(vector)
+    host_fault(vector)
 }
 
 fn native_memory<E: Environment>(
@@ -362,7 +355,7 @@ pub(super) fn comes_first(
     let mut buffer = Scratch([0; 128]);
     let operand = buffer.0[(linear & 63) as usize..].as_mut_ptr();
     match call(thunk, &mut cpu.clone(), operand) {
-        Err(vector @ (X87 | GENERAL_PROTECTION)) => host_exception(vector),
+        Err(vector @ (X87 | GENERAL_PROTECTION)) => host_fault(vector),
         _ => fault,
     }
 }

@@ -5,15 +5,20 @@
 //! armed debug register. An access that faults has had no effect on memory.
 #![allow(unsafe_code)]
 
+mod bytes;
+mod operand;
+
 use trapline_x86::control::{cr0, dr6, dr7, rflags};
 use trapline_x86::{CpuState, Exception};
 
+pub use self::operand::OperandAccess;
+
+pub(crate) use self::bytes::copy_from_guest;
+use self::bytes::{copy_to_guest, load, store};
 use crate::env::{Backing, Environment, Restart, Span, Translation};
 use crate::tlb::{Access, Privilege, Tlb};
 
 const PAGE: u64 = 4096;
-/// The largest operand that goes through the bounce buffer.
-pub const LARGEST_OPERAND: usize = 512;
 
 /// Why an instruction did not complete. Its registers are as before it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,17 +38,6 @@ impl From<Restart> for Fault {
         Self::Restart
     }
 }
-
-/// What a native operand access does to memory.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum OperandAccess {
-    Read,
-    Write,
-    ReadWrite,
-}
-
-#[repr(C, align(64))]
-struct Bounce([u8; LARGEST_OPERAND + 64]);
 
 /// One VCPU's processor while it executes: its registers, its TLB and what lies around it.
 pub struct Core<'a, E: Environment> {
@@ -356,145 +350,6 @@ impl<'a, E: Environment> Core<'a, E> {
         Ok(())
     }
 
-    /// Runs `perform` with a host pointer to the operand at `linear`: on guest memory itself where
-    /// it lies in one page of RAM, else on a copy. `perform` may fail with a host exception
-    /// vector, having changed nothing; the guest then gets that exception.
-    ///
-    /// # Errors
-    /// What the translation, the traces or the instruction raise.
-    pub fn with_operand(
-        &mut self,
-        linear: u64,
-        len: usize,
-        access: OperandAccess,
-        locked: bool,
-        perform: &mut dyn FnMut(&mut CpuState, *mut u8) -> Result<(), u8>,
-    ) -> Result<(), Fault> {
-        let linear = self.wrap(linear);
-        let privilege = Privilege::of_data(self.cpu);
-        let kind = if access == OperandAccess::Read {
-            Access::Read
-        } else {
-            Access::Write
-        };
-        if let Some(host) = self.fast(linear, len, privilege, kind) {
-            return perform(self.cpu, host).map_err(host_fault);
-        }
-        self.with_operand_slow(linear, len, access, kind, locked, perform)
-    }
-
-    #[cold]
-    fn with_operand_slow(
-        &mut self,
-        linear: u64,
-        len: usize,
-        access: OperandAccess,
-        kind: Access,
-        locked: bool,
-        perform: &mut dyn FnMut(&mut CpuState, *mut u8) -> Result<(), u8>,
-    ) -> Result<(), Fault> {
-        let privilege = Privilege::of_data(self.cpu);
-        self.check_alignment(linear, operand_alignment(len), privilege)?;
-        let pieces = self.pieces(linear, len, privilege, kind)?;
-        let rip = self.cpu.rip;
-        if let (None, Some(host)) = (pieces.second, pieces.first.host()) {
-            // One page of RAM: run on the memory itself, so that the access is as atomic as the
-            // processor makes it.
-            let mut result = Ok(());
-            if pieces.first.is_sensed() {
-                self.leave_block = true;
-                let cpu = &mut *self.cpu;
-                self.env
-                    .sensed(self.tlb, rip, &[pieces.first.span()], kind, &mut || {
-                        result = perform(cpu, host);
-                    })?;
-            } else {
-                result = perform(self.cpu, host);
-            }
-            result.map_err(host_fault)?;
-            self.note_breakpoints(linear, len, kind);
-            return Ok(());
-        }
-        if len > LARGEST_OPERAND {
-            return Err(Exception::general_protection(0).into());
-        }
-        if let (true, Some(second), Some(a), Some(b)) = (
-            locked,
-            pieces.second,
-            pieces.first.host(),
-            pieces.second.and_then(|p| p.host()),
-        ) {
-            return self.split_lock(linear, &pieces, second, a, b, perform);
-        }
-        // Keep the operand's alignment: the processor checks it for some instructions.
-        let offset = (linear & 63) as usize;
-        let mut copy = Bounce([0; LARGEST_OPERAND + 64]);
-        let bytes = &mut copy.0[offset..offset + len];
-        if access != OperandAccess::Write {
-            let (head, tail) = bytes.split_at_mut(pieces.first.len);
-            self.read_piece(pieces.first, head)?;
-            if let Some(piece) = pieces.second {
-                self.read_piece(piece, tail)?;
-            }
-        }
-        if access == OperandAccess::Read {
-            perform(self.cpu, bytes.as_mut_ptr()).map_err(host_fault)?;
-            self.note_breakpoints(linear, len, kind);
-            return Ok(());
-        }
-        // The instruction's effect on registers must be undone if the write has to restart.
-        let before = self.cpu.clone();
-        perform(self.cpu, bytes.as_mut_ptr()).map_err(host_fault)?;
-        self.commit(linear, &pieces, bytes)
-            .inspect_err(|_| *self.cpu = before)
-    }
-
-    /// A locked access to two pages of RAM: on hardware the bus is locked; here every other VCPU
-    /// waits.
-    fn split_lock(
-        &mut self,
-        linear: u64,
-        pieces: &Pieces,
-        second: Piece,
-        a: *mut u8,
-        b: *mut u8,
-        perform: &mut dyn FnMut(&mut CpuState, *mut u8) -> Result<(), u8>,
-    ) -> Result<(), Fault> {
-        let offset = (linear & 63) as usize;
-        let (first_len, len) = (pieces.first.len, pieces.first.len + second.len);
-        let mut copy = Bounce([0; LARGEST_OPERAND + 64]);
-        let mut result = Ok(());
-        let cpu = &mut *self.cpu;
-        let rip = cpu.rip;
-        self.leave_block = true;
-        self.env.exclusive(
-            self.tlb,
-            rip,
-            &[pieces.first.span(), second.span()],
-            &mut || {
-                let bytes = &mut copy.0[offset..offset + len];
-                let (head, tail) = bytes.split_at_mut(first_len);
-                // SAFETY: both pieces are guest RAM of these lengths.
-                unsafe {
-                    copy_from_guest(a, head);
-                    copy_from_guest(b, tail);
-                }
-                result = perform(cpu, bytes.as_mut_ptr());
-                if result.is_ok() {
-                    let (head, tail) = bytes.split_at(first_len);
-                    // SAFETY: as above.
-                    unsafe {
-                        copy_to_guest(a, head);
-                        copy_to_guest(b, tail);
-                    }
-                }
-            },
-        )?;
-        result.map_err(host_fault)?;
-        self.note_breakpoints(linear, len, Access::Write);
-        Ok(())
-    }
-
     /// Reads a little-endian value of `N` bytes.
     #[inline(always)]
     pub fn read<const N: usize>(
@@ -563,107 +418,9 @@ impl<'a, E: Environment> Core<'a, E> {
     }
 }
 
-/// What an operand of `len` bytes should be aligned to where alignment is checked: numbers to their
-/// size, extended precision to 8 bytes, vectors of any size to 16, x87 environments and states to
-/// the size of their words (SDM vol. 3, table 6-7; vectors as measured on AMD Zen 4, where the SDM
-/// leaves it to the processor). Instructions that demand more raise #GP instead, which comes first.
-fn operand_alignment(len: usize) -> usize {
-    match len {
-        2 | 14 | 94 => 2,
-        4 | 28 | 108 => 4,
-        8 | 10 => 8,
-        16 | 32 | 64 => 16,
-        _ => 1,
-    }
-}
-
-fn host_fault(vector: u8) -> Fault {
+/// The guest's exception for a vector that the host raised in an instruction of the guest.
+pub(crate) fn host_fault(vector: u8) -> Fault {
     Fault::Exception(
         Exception::from_host_vector(vector).unwrap_or(Exception::general_protection(0)),
     )
-}
-
-/// Loads that the guest's other processors may race with: volatile and, where aligned, one access
-/// of the full size, as the processor guarantees.
-///
-/// # Safety
-/// `host` must point to `N` readable bytes.
-#[inline(always)]
-unsafe fn load<const N: usize>(host: *const u8) -> u64 {
-    // SAFETY: the caller vouches for the bytes; x86 allows unaligned loads, and the packed
-    // wrapper tells the compiler.
-    unsafe {
-        match N {
-            1 => u64::from(host.read_volatile()),
-            2 => u64::from((host as *const Unaligned<u16>).read_volatile().0),
-            4 => u64::from((host as *const Unaligned<u32>).read_volatile().0),
-            _ => (host as *const Unaligned<u64>).read_volatile().0,
-        }
-    }
-}
-
-/// # Safety
-/// `host` must point to `N` writable bytes.
-#[inline(always)]
-unsafe fn store<const N: usize>(host: *mut u8, value: u64) {
-    // SAFETY: as in `load`.
-    unsafe {
-        match N {
-            1 => host.write_volatile(value as u8),
-            2 => (host as *mut Unaligned<u16>).write_volatile(Unaligned(value as u16)),
-            4 => (host as *mut Unaligned<u32>).write_volatile(Unaligned(value as u32)),
-            _ => (host as *mut Unaligned<u64>).write_volatile(Unaligned(value)),
-        }
-    }
-}
-
-#[derive(Clone, Copy)]
-#[repr(C, packed)]
-struct Unaligned<T>(T);
-
-/// Copies from guest RAM. Sizes that the processor accesses at once are read at once.
-///
-/// # Safety
-/// `host` must point to `data.len()` readable bytes of guest RAM.
-pub(crate) unsafe fn copy_from_guest(host: *const u8, data: &mut [u8]) {
-    // SAFETY: the caller vouches for the bytes; `data` is host memory, so they do not overlap.
-    unsafe {
-        match data.len() {
-            1 | 2 | 4 | 8 => {
-                let value = match data.len() {
-                    1 => load::<1>(host),
-                    2 => load::<2>(host),
-                    4 => load::<4>(host),
-                    _ => load::<8>(host),
-                };
-                let n = data.len();
-                data.copy_from_slice(&value.to_le_bytes()[..n]);
-            }
-            n => std::ptr::copy_nonoverlapping(host, data.as_mut_ptr(), n),
-        }
-    }
-}
-
-/// Copies to guest RAM.
-///
-/// # Safety
-/// `host` must point to `data.len()` writable bytes of guest RAM.
-unsafe fn copy_to_guest(host: *mut u8, data: &[u8]) {
-    let mut value = [0; 8];
-    // SAFETY: the caller vouches for the bytes; `data` is host memory, so they do not overlap.
-    unsafe {
-        match data.len() {
-            n @ (1 | 2 | 4 | 8) => {
-                value[..n].copy_from_slice(data);
-                let value = u64::from_le_bytes(value);
-                match n {
-                    1 => store::<1>(host, value),
-                    2 => store::<2>(host, value),
-                    4 => store::<4>(host, value),
-                    _ => store::<8>(host, value),
-                }
-            }
-            n => std::ptr::copy_nonoverlapping(data.as_ptr(), host, n),
-        }
-    }
 }
