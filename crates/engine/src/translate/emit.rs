@@ -1,22 +1,20 @@
 //! Emits the code of one block.
 
-use iced_x86::{Encoder, InstructionInfoFactory, Mnemonic, OpKind as Operand};
+use iced_x86::{Encoder, InstructionInfoFactory, Mnemonic};
 
-use crate::decode::op::{OpKind, StateCheck};
+use crate::decode::op::OpKind;
 use crate::decode::{Block, Op};
-use crate::frame::{field, jump_cell, jump_hosts, jump_targets};
-use crate::native::form::{Form, STATUS};
+use crate::frame::field;
 
 use super::Context;
 use super::assembler::{Assembler, Label, Mem, cond};
 use super::immediate::RunTime;
-use super::memory::{Address, Look};
+use super::memory::Look;
 use super::plain::Plan;
-use super::registers::{ADDRESS, COUNT, INDEX};
+use super::registers::{ADDRESS, COUNT};
 use super::shared::Shares;
 use super::stubs::Stubs;
-use super::values::{Access, Effect, Move};
-use crate::decode::op::FlatAddress;
+use super::treatment::Treatment;
 use crate::native::ThunkError;
 use crate::tlb::Tlb;
 
@@ -88,17 +86,6 @@ pub(super) enum Deferred {
     Dispatch { label: Label, operation: usize },
 }
 
-/// What an operation becomes, decided before anything is emitted.
-pub(super) enum Treatment {
-    Plain(Box<Plan>, Option<Look>),
-    /// As `Plain`, and as `Own`, with an immediate that is read at run time.
-    RunTime(Box<Plan>, Option<Look>),
-    RunTimeOwn,
-    Assist,
-    /// Moves, stack and control flow, by kind.
-    Own,
-}
-
 /// Operations that code points to: each stays where it is.
 #[allow(clippy::vec_box)]
 pub(super) type Kept = Vec<Box<Op>>;
@@ -127,14 +114,14 @@ pub(super) struct Emitter<'a> {
     attention: u64,
     /// The block's only instruction has this immediate.
     pub run_time: Option<RunTime>,
-    tlb: &'a mut Tlb,
+    pub tlb: &'a mut Tlb,
     pub shares: Shares,
     /// The group whose window's host address is in ADDRESS.
     pub address_holds: Option<usize>,
-    unshared: bool,
+    pub unshared: bool,
     pub wary: bool,
     /// There were too few cells.
-    full: bool,
+    pub full: bool,
     pub unsupported: bool,
     /// In a path that is a loop: where its turns begin.
     pub again: Option<Label>,
@@ -142,24 +129,24 @@ pub(super) struct Emitter<'a> {
     pub pages: Vec<u64>,
     pub is_path: bool,
     /// Where the bytes of the operation that is being treated stand in `guest`.
-    at: usize,
+    pub at: usize,
     pub encoder: &'a mut Encoder,
     pub deferred: Vec<Deferred>,
     /// The index of the operation being emitted.
     pub operation: usize,
     pub block: &'a Block,
     /// The guest's bytes.
-    guest: &'a [u8],
+    pub guest: &'a [u8],
     /// Bytes from the arena's start to this block's code.
-    offset: u32,
-    first_site: usize,
-    sites: Vec<Site>,
+    pub offset: u32,
+    pub first_site: usize,
+    pub sites: Vec<Site>,
     points: Vec<(u32, u16)>,
     assisted: Kept,
     /// The guest's vector registers are surely in the host's.
     vectors_here: bool,
     /// Status flags that are read after each operation starts.
-    live: Vec<u32>,
+    pub live: Vec<u32>,
 }
 
 /// All that [`emit`] needs to know.
@@ -296,215 +283,7 @@ pub(super) fn leaves(op: &Op) -> bool {
     op.ends_block() && !reads_segment
 }
 
-/// The register that the operation sets to the value of one plus a constant, if it does nothing
-/// else to registers.
-fn moved(op: &Op) -> Option<Move> {
-    let i = &op.instruction;
-    let to = i.op0_register();
-    if i.op0_kind() != Operand::Register || !to.is_gpr64() {
-        return None;
-    }
-    let constant = |n: u32| i.try_immediate(n).ok().map(|value| value as i64);
-    let (from, by) = match i.mnemonic() {
-        Mnemonic::Inc => (to, Some(1)),
-        Mnemonic::Dec => (to, Some(-1)),
-        Mnemonic::Add => (to, constant(1)),
-        Mnemonic::Sub => (to, constant(1).and_then(i64::checked_neg)),
-        Mnemonic::Mov if i.op1_kind() == Operand::Register && i.op1_register().is_gpr64() => {
-            (i.op1_register(), Some(0))
-        }
-        Mnemonic::Lea
-            if i.memory_base().is_gpr64()
-                && i.memory_index() == iced_x86::Register::None
-                && op.flat.is_some() =>
-        {
-            (i.memory_base(), Some(i.memory_displacement64() as i64))
-        }
-        _ => return None,
-    };
-    Some(Move {
-        to: to.number(),
-        from: from.number(),
-        by: i32::try_from(by?).ok()?,
-    })
-}
-
 impl Emitter<'_> {
-    /// Decides what becomes of each operation, and which flags are live where.
-    fn treat(
-        &mut self,
-        factory: &mut InstructionInfoFactory,
-    ) -> Result<Vec<Treatment>, ThunkError> {
-        let mut treatments = Vec::with_capacity(self.block.ops.len());
-        let mut on_groups = Vec::with_capacity(self.block.ops.len());
-        let mut forms = Vec::with_capacity(self.block.ops.len());
-        for op in &self.block.ops {
-            self.operation = treatments.len();
-            let form = Form::of(&op.instruction, factory);
-            let len = usize::from(op.len);
-            let treatment = match self.run_time {
-                // Only what can be read at run time is asked for.
-                Some(_) => self
-                    .run_time_treatment(op, factory)
-                    .ok_or(ThunkError::Unsupported)?,
-                None => self.treatment(op, form.as_ref()),
-            };
-            self.at += len;
-            on_groups.push(self.effect(op, form.as_ref(), &treatment));
-            treatments.push(treatment);
-            forms.push(form);
-        }
-        if !self.unshared && self.same_page(self.block.rip) {
-            self.shares = Shares::of(on_groups, self.leads_back());
-        }
-        let mut live = STATUS;
-        self.live = vec![0; treatments.len()];
-        let page = |n: usize| self.block.ops.get(n).map(|op| op.instruction.ip() >> 12);
-        for (n, op) in self.block.ops.iter().enumerate().rev() {
-            let (read, determined) = match (treatments.get(n), forms.get(n)) {
-                (Some(Treatment::Assist), _) => (STATUS, 0),
-                _ if op.instruction.mnemonic() == Mnemonic::Pushfq => (STATUS, 0),
-                (_, Some(Some(form))) => (form.flags_in, form.flags_determined),
-                // Moves and stack operations touch none; branches read some or leave.
-                _ if op.ends_block() => (STATUS, 0),
-                _ => (0, 0),
-            };
-            if page(n + 1) != page(n) {
-                // A path may end here.
-                live = STATUS;
-            }
-            live = live & !determined | read;
-            self.live[n] = live;
-        }
-        for (n, treatment) in treatments.iter_mut().enumerate() {
-            let (Treatment::Plain(plan, Some(look)) | Treatment::RunTime(plan, Some(look))) =
-                treatment
-            else {
-                continue;
-            };
-            look.keep_flags = self.live[n] != 0;
-            // The operand is not where its window begins.
-            if let Some(share) = self.shares.share(n, 0)
-                && share.offset != 0
-                && let (Some(op), Some(form)) = (self.block.ops.get(n), &forms[n])
-            {
-                let displaced = Plan::of(form, &op.instruction, None, share.offset, self.encoder);
-                match displaced {
-                    Some(displaced) => **plan = displaced,
-                    // What could be encoded without a displacement can be with one.
-                    None => self.shares = Shares::default(),
-                }
-            }
-        }
-        Ok(treatments)
-    }
-
-    /// What an operation means for shared look-ups.
-    fn effect(&self, op: &Op, form: Option<&Form>, treatment: &Treatment) -> Effect {
-        match treatment {
-            Treatment::Assist => Effect {
-                barrier: true,
-                ..Effect::default()
-            },
-            Treatment::RunTime(..) | Treatment::RunTimeOwn => Effect::default(),
-            Treatment::Own => self.own_effect(op),
-            Treatment::Plain(_, look) => {
-                let operand = look.and_then(|look| match look.address {
-                    Address::Flat(address) => Some(Access {
-                        address,
-                        size: look.size,
-                        write: look.write,
-                    }),
-                    Address::Relative(..) => None,
-                });
-                let moved = moved(op);
-                let written = form.map_or(u16::MAX, |form| form.gpr_written);
-                Effect {
-                    accesses: [operand, None],
-                    written: match moved {
-                        Some(moved) => written & !(1 << (moved.to & 15)),
-                        None => written,
-                    },
-                    moved,
-                    barrier: false,
-                }
-            }
-        }
-    }
-
-    fn treatment(&mut self, op: &Op, form: Option<&Form>) -> Treatment {
-        let available = match op.check {
-            StateCheck::None => true,
-            StateCheck::Sse => self.context.sse,
-            StateCheck::Avx => self.context.avx,
-            StateCheck::Avx512 => self.context.avx512,
-            StateCheck::X87 | StateCheck::Wait | StateCheck::Mmx => false,
-        };
-        if !available {
-            return Treatment::Assist;
-        }
-        match op.kind {
-            OpKind::Native
-            | OpKind::NativeMemory(_)
-            | OpKind::MoveRegister(..)
-            | OpKind::MoveImmediate(..)
-            | OpKind::Load(..)
-            | OpKind::LoadSigned(..)
-            | OpKind::Store(_)
-            | OpKind::StoreImmediate(..)
-            | OpKind::LoadAddress(_) => self.plain_treatment(op, form).unwrap_or(Treatment::Assist),
-            OpKind::NoOperation => Treatment::Own,
-            _ if self.own_is_possible(op) => Treatment::Own,
-            _ => Treatment::Assist,
-        }
-    }
-
-    fn plain_treatment(&mut self, op: &Op, form: Option<&Form>) -> Option<Treatment> {
-        if let (OpKind::LoadAddress(to), Some(flat)) = (op.kind, &op.flat)
-            && flat.base == crate::decode::op::NO_REGISTER
-            && flat.index == crate::decode::op::NO_REGISTER
-        {
-            // RIP-relative: a constant.
-            return (to.size == 8)
-                .then(|| Plan::constant(usize::from(to.index), flat.displacement))
-                .map(|plan| Treatment::Plain(Box::new(plan), None));
-        }
-        let form = form?;
-        if form.x87 {
-            return None;
-        }
-        let look = self.operand_look(op, form)?;
-        let original = self.guest.get(self.at..self.at + usize::from(op.len));
-        let plan = Plan::of(form, &op.instruction, original, 0, self.encoder)?;
-        Some(Treatment::Plain(Box::new(plan), look))
-    }
-
-    /// The look-up of the operation's memory operand, if it has one; `None` if it cannot be looked up.
-    pub(super) fn operand_look(&self, op: &Op, form: &Form) -> Option<Option<Look>> {
-        if !form.memory {
-            return Some(None);
-        }
-        let flat: FlatAddress = op.flat?;
-        if !(1..=64).contains(&op.memory_size) {
-            return None;
-        }
-        Some(Some(Look {
-            address: Address::Flat(flat),
-            size: op.memory_size,
-            write: match op.kind {
-                OpKind::NativeMemory(access) => access != crate::access::OperandAccess::Read,
-                OpKind::Store(_) | OpKind::StoreImmediate(..) => true,
-                _ => false,
-            },
-            keep_flags: true,
-        }))
-    }
-
-    /// Whether the flags that the guest has when the current operation starts are needed.
-    pub(super) fn flags_live(&self) -> bool {
-        self.live.get(self.operation).is_none_or(|&live| live != 0)
-    }
-
     /// The code from here on belongs to operation `n`.
     fn point(&mut self, n: usize) {
         let op = self.block.ops.get(n).filter(|_| !self.is_path);
@@ -586,166 +365,6 @@ impl Emitter<'_> {
         let pointer: *const Op = &*op;
         self.assisted.push(op);
         pointer as u64
-    }
-
-    /// Whether another operation of the block follows the current one.
-    pub(super) fn is_followed(&self) -> bool {
-        self.operation + 1 < self.block.ops.len()
-    }
-
-    /// Whether the block is a path whose last branch leads to its start.
-    fn leads_back(&self) -> bool {
-        self.is_path
-            && self.block.ops.last().is_some_and(|op| {
-                matches!(op.kind, OpKind::Jump | OpKind::JumpIf(_)) && op.target == self.block.rip
-            })
-    }
-
-    /// Whether a direct branch to `target` needs no look at the translation of its page: that of
-    /// this block holds for it too.
-    fn same_page(&self, target: u64) -> bool {
-        let first = self.block.rip >> 12;
-        let last = self
-            .block
-            .rip
-            .wrapping_add(u64::from(self.block.len.max(1)) - 1)
-            >> 12;
-        // A path looks at its other pages by itself.
-        (first == last || self.is_path) && target >> 12 == first
-    }
-
-    /// A label of an unlinked branch to `target` on this page; [`Self::linked`] tells where the
-    /// displacement stands.
-    fn link(&mut self, target: u64) -> (Label, usize) {
-        let backward = target
-            <= self
-                .block
-                .ops
-                .get(self.operation)
-                .map_or(target, |op| op.instruction.ip());
-        let site = self.sites.len();
-        let label = self.leave(Site::Link {
-            patch: 0,
-            unlinked: 0,
-            target,
-            backward,
-            unshared: false,
-        });
-        (label, site)
-    }
-
-    /// Goes on with the current operation, in the translation that shares no look-ups.
-    ///
-    /// In a path, code on another page goes on in whatever is there.
-    pub(super) fn go_on_unshared(&mut self) {
-        if !self.same_page(self.rip()) {
-            self.jump_through_cell(self.context, self.rip());
-            return;
-        }
-        let site = self.sites.len();
-        let label = self.leave(Site::Link {
-            patch: 0,
-            unlinked: 0,
-            target: self.rip(),
-            backward: false,
-            unshared: true,
-        });
-        let at = self.asm.jump(label);
-        self.linked(site, at);
-    }
-
-    /// Of the current operation.
-    fn rip(&self) -> u64 {
-        let op = self.block.ops.get(self.operation);
-        op.map_or(self.block.rip, |op| op.instruction.ip())
-    }
-
-    fn linked(&mut self, site: usize, at: usize) {
-        if let Some(Site::Link { patch, .. }) = self.sites.get_mut(site) {
-            *patch = self.offset + at as u32;
-        }
-    }
-
-    /// Where a branch to `target` goes that starts the next turn of a loop.
-    fn next_turn(&self, target: u64) -> Option<Label> {
-        self.again
-            .filter(|_| target == self.block.rip && !self.is_followed())
-    }
-
-    /// A conditional branch.
-    pub(super) fn branch_if(&mut self, condition: u8, target: u64) {
-        if let Some(again) = self.next_turn(target) {
-            self.asm.jump_if(condition, again);
-        } else if self.same_page(target) {
-            let (label, site) = self.link(target);
-            let at = self.asm.jump_if(condition, label);
-            self.linked(site, at);
-        } else {
-            let label = self.asm.label();
-            self.deferred.push(Deferred::Jump { label, target });
-            self.asm.jump_if(condition, label);
-        }
-    }
-
-    /// Goes on at a constant address.
-    pub(super) fn go_to(&mut self, target: u64) {
-        if let Some(again) = self.next_turn(target) {
-            self.asm.jump(again);
-        } else if self.same_page(target) {
-            let (label, site) = self.link(target);
-            let at = self.asm.jump(label);
-            self.linked(site, at);
-        } else {
-            self.jump_through_cell(self.context, target);
-        }
-    }
-
-    /// Jumps to a constant address, to code of another context perhaps, through its cell.
-    pub(super) fn jump_through_cell(&mut self, context: Context, target: u64) {
-        let leave = self.stubs.leave;
-        let Some(cell) = self.tlb.jump_cell(context.number(), target, leave) else {
-            self.full = true;
-            return;
-        };
-        let number = self.first_site + self.sites.len();
-        self.sites.push(Site::Jump { target, cell });
-        // An empty cell leads to the way out, which takes the site's number in RCX.
-        self.asm.mov_immediate(COUNT, number as u64);
-        self.asm.jump_mem(Mem::field(jump_cell(cell)));
-    }
-
-    /// The cell for jumps to `target`, and the host address that it holds now, if any.
-    pub(super) fn cell(&mut self, target: u64) -> Option<(u32, Option<u64>)> {
-        let leave = self.stubs.leave;
-        let Some(cell) = self.tlb.jump_cell(self.context.number(), target, leave) else {
-            self.full = true;
-            return None;
-        };
-        let host = self.tlb.frame().get(jump_cell(cell));
-        Some((cell, Some(host).filter(|&host| host != leave)))
-    }
-
-    /// Finds the code for the guest address in ADDRESS: gives where its host address
-    /// stands, by INDEX. If there is none in the table, [`Site::Branch`] leaves.
-    pub(super) fn find_target(&mut self, effect: StackEffect) -> Mem {
-        let rip = self.rip();
-        let miss = self.leave(Site::Branch { rip, effect });
-        let table = self.context.jump_table();
-        let a = &mut self.asm;
-        a.zero_extend16(INDEX, ADDRESS);
-        a.load(COUNT, Mem::slot(jump_targets(table), INDEX));
-        a.lea(
-            COUNT,
-            Mem {
-                base: Some(COUNT),
-                index: Some((ADDRESS, 0)),
-                displacement: 0,
-            },
-        );
-        a.unless_rcx_zero(|a| {
-            a.jump(miss);
-        });
-        Mem::slot(jump_hosts(table), INDEX)
     }
 
     fn finish_deferred(&mut self) {

@@ -13,9 +13,10 @@
 use iced_x86::{Code, Instruction, InstructionInfoFactory, Mnemonic, OpKind as Operand, Register};
 
 use super::assembler::Mem;
-use super::emit::{Emitter, StackEffect, Treatment};
+use super::emit::{Emitter, StackEffect};
 use super::plain::Plan;
 use super::registers::{ADDRESS, COUNT, INDEX, STACK};
+use super::treatment::Treatment;
 use crate::decode::Op;
 use crate::decode::op::{OpKind, RegOperand};
 use crate::frame::field;

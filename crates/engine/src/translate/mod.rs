@@ -21,6 +21,7 @@
 mod assembler;
 mod control;
 mod emit;
+mod exits;
 #[cfg(test)]
 mod goldens;
 mod immediate;
@@ -32,6 +33,7 @@ mod registers;
 mod run;
 mod shared;
 mod stubs;
+mod treatment;
 mod values;
 
 use iced_x86::{Encoder, InstructionInfoFactory};
