@@ -37,7 +37,7 @@ mod treatment;
 mod values;
 
 use iced_x86::{Encoder, InstructionInfoFactory};
-use trapline_x86::control::{cr0, cr4, dr7, rflags};
+use trapline_x86::control::{cr0, cr4, dr7, rflags, xcr0};
 use trapline_x86::state::InterruptShadow;
 use trapline_x86::{CpuState, Mode};
 
@@ -98,8 +98,8 @@ impl Context {
             ring0: cpu.cpl() == 0,
             smap: cpu.cr4 & cr4::SMAP != 0,
             sse,
-            avx: extended(0x6),
-            avx512: extended(0xe6),
+            avx: extended(xcr0::SSE | xcr0::AVX),
+            avx512: extended(xcr0::SSE | xcr0::AVX | xcr0::AVX512),
         }
     }
 

@@ -7,10 +7,12 @@
 //! them like a block from its bytes: all its pieces are protected, then read, and it goes with any
 //! of them. It takes the place of the block at its start.
 
+mod heat;
+mod recorder;
+
 use std::rc::Rc;
 
-use foldhash::{HashMap, HashSet};
-use iced_x86::{FlowControl, Instruction};
+use iced_x86::Instruction;
 
 use trapline_engine::decode::block::may_be_followed;
 use trapline_engine::decode::{Block, DecodeEnd, Op, OpKind, decode};
@@ -23,211 +25,12 @@ use crate::fetch::Wanted;
 use crate::translated::From;
 use crate::vcpu::Vcpu;
 
-/// Samples at a place that make it hot.
-const HOT: u8 = 2;
-/// Places that are counted at once.
-const PLACES: usize = 256;
-/// How often a path is recorded from one place, however often it is lost.
-const ATTEMPTS: u8 = 8;
-/// Places whose attempts are remembered: then all are forgotten.
-const MOST: usize = 1 << 14;
-/// Instructions of a path: bounds the time between two polls.
-const LONGEST: usize = 64;
+pub(crate) use heat::Heat;
+pub(crate) use recorder::{Progress, Recorder};
+
 /// Instructions that are stepped to record one.
 const PATIENCE: usize = 256;
 const PAGE: u64 = 4096;
-
-/// Where: RIP, and the context's number.
-type Place = (u64, u8);
-
-#[derive(Clone, Copy, Default)]
-struct Count {
-    place: Place,
-    samples: u8,
-}
-
-/// Where time is spent.
-pub(crate) struct Heat {
-    counts: Box<[Count; PLACES]>,
-    attempts: HashMap<Place, u8>,
-    /// Where paths start that were made, and whether they lead back there.
-    heads: HashMap<Place, bool>,
-    /// Where loops start that were once led elsewhere by what their registers held.
-    misled: HashSet<Place>,
-    /// The place from which a path is to be recorded when it is next come to.
-    wanted: Option<Place>,
-}
-
-impl Default for Heat {
-    fn default() -> Self {
-        Self {
-            counts: Box::new([Count::default(); PLACES]),
-            attempts: HashMap::default(),
-            heads: HashMap::default(),
-            misled: HashSet::default(),
-            wanted: None,
-        }
-    }
-}
-
-impl Heat {
-    /// Notes that the VCPU was found here.
-    pub fn note(&mut self, rip: u64, context: u8) {
-        let place = (rip, context);
-        let count = &mut self.counts[(rip ^ rip >> 8) as usize % PLACES];
-        if count.place != place {
-            // What is found more often stays.
-            if count.samples > 0 {
-                count.samples -= 1;
-            } else {
-                *count = Count { place, samples: 1 };
-            }
-            return;
-        }
-        count.samples = (count.samples + 1).min(HOT);
-        let tried = self.attempts.get(&place).copied().unwrap_or(0);
-        if count.samples == HOT && tried < ATTEMPTS && !self.heads.contains_key(&place) {
-            self.wanted = Some(place);
-        }
-    }
-
-    /// A recorder if a path is to be recorded from here; it is not any more when asked again.
-    #[inline]
-    pub fn take_wanted(&mut self, rip: u64, context: u8) -> Option<Recorder> {
-        if self.wanted != Some((rip, context)) {
-            return None;
-        }
-        self.wanted = None;
-        if self.attempts.len() >= MOST {
-            self.attempts.clear();
-        }
-        let attempts = self.attempts.entry((rip, context)).or_default();
-        *attempts += 1;
-        Some(Recorder::new(rip, *attempts == ATTEMPTS))
-    }
-
-    fn is_loop(&self, place: Place) -> bool {
-        self.heads.get(&place) == Some(&true)
-    }
-
-    fn add_head(&mut self, place: Place, is_loop: bool) {
-        if self.heads.len() >= MOST {
-            self.heads.clear();
-        }
-        self.heads.insert(place, is_loop);
-    }
-
-    /// A path from here will not be possible for long.
-    fn give_up(&mut self, place: Place) {
-        self.attempts.insert(place, ATTEMPTS);
-    }
-
-    /// The path of the loop that starts here was led elsewhere.
-    fn add_misled(&mut self, place: Place) {
-        if self.misled.len() >= MOST {
-            self.misled.clear();
-        }
-        self.misled.insert(place);
-    }
-
-    /// There is no path here (any more).
-    pub fn lost(&mut self, rip: u64, context: u8) {
-        self.heads.remove(&(rip, context));
-    }
-
-    /// All paths are gone.
-    pub fn all_lost(&mut self) {
-        self.heads.clear();
-    }
-}
-
-/// What noting an instruction means for a path.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Progress {
-    GoesOn,
-    /// It has come back to its start.
-    Loop,
-    /// It has come to a loop that has a path.
-    ToLoop,
-    /// It leads on and on.
-    TooLong,
-    /// Something came in between.
-    Broken,
-}
-
-/// A path that is being recorded.
-#[derive(Debug)]
-pub(crate) struct Recorder {
-    /// Where its instructions are.
-    rips: Vec<u64>,
-    /// Where recording began.
-    from: u64,
-    next: u64,
-    /// The last instruction was a branch of any kind; and one before it was.
-    branches: bool,
-    branched: bool,
-    /// A path that is no loop will do.
-    straight: bool,
-}
-
-impl Recorder {
-    pub fn new(head: u64, straight: bool) -> Self {
-        Self {
-            rips: Vec::new(),
-            from: head,
-            next: head,
-            branches: false,
-            branched: false,
-            straight,
-        }
-    }
-
-    /// Notes an instruction that was executed, `next` being RIP behind it.
-    pub fn note(
-        &mut self,
-        instruction: &Instruction,
-        next: u64,
-        is_loop: impl Fn(u64) -> bool,
-    ) -> Progress {
-        let rip = instruction.ip();
-        if rip != self.next {
-            return Progress::Broken;
-        }
-        self.next = next;
-        // A repeated one is executed several times.
-        if self.rips.last() != Some(&rip) {
-            self.rips.push(rip);
-            self.branched |= self.branches;
-            self.branches = instruction.flow_control() != FlowControl::Next;
-        }
-        let direct = matches!(
-            instruction.flow_control(),
-            FlowControl::ConditionalBranch | FlowControl::UnconditionalBranch
-        );
-        if next == rip {
-            return Progress::GoesOn;
-        }
-        if self.rips.first() == Some(&next) {
-            return Progress::Loop;
-        }
-        // What is no more than a block is left to blocks: it may be the start of a loop around that one.
-        if self.branched && is_loop(next) {
-            return Progress::ToLoop;
-        }
-        if self.rips.len() >= LONGEST {
-            return Progress::TooLong;
-        }
-        if direct && next < rip && next == instruction.near_branch_target() {
-            if is_loop(next) {
-                return Progress::Broken;
-            }
-            // A loop: only what is in it.
-            self.rips.clear();
-            (self.branches, self.branched) = (false, false);
-        }
-        Progress::GoesOn
-    }
-}
 
 /// A piece of a path on one page, without gaps.
 struct Piece {
@@ -453,7 +256,7 @@ impl Vcpu {
             context,
             page: pieces.first()?.range.lo >> 12,
             unshared: false,
-            wary: self.heat.misled.contains(&(block.rip, number)),
+            wary: self.heat.is_misled((block.rip, number)),
             run_time: None,
         };
         self.translate_block(source).ok()
@@ -531,151 +334,5 @@ fn path_key(gpa: u64, rip: u64, context: Context) -> Key {
         rip,
         mode: Mode::Long64,
         form: Form::Translated(context.number(), false),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use iced_x86::{Decoder, DecoderOptions};
-
-    use super::*;
-
-    /// nop, nop, dec ecx, jnz to the first, nop, ret; each at its offset from 0x1000.
-    const CODE: [u8; 8] = [0x90, 0x90, 0xff, 0xc9, 0x75, 0xfa, 0x90, 0xc3];
-
-    fn at(rip: u64) -> Instruction {
-        let bytes = &CODE[(rip - 0x1000) as usize..];
-        Decoder::with_ip(64, bytes, rip, DecoderOptions::NONE).decode()
-    }
-
-    /// What the last instruction meant.
-    fn record(recorder: &mut Recorder, rips: &[u64], is_loop: impl Fn(u64) -> bool) -> Progress {
-        let mut progress = Progress::GoesOn;
-        for pair in rips.windows(2) {
-            assert_eq!(progress, Progress::GoesOn);
-            progress = recorder.note(&at(pair[0]), pair[1], &is_loop);
-        }
-        progress
-    }
-
-    const TURN: [u64; 5] = [0x1000, 0x1001, 0x1002, 0x1004, 0x1000];
-
-    #[test]
-    fn a_loop_ends_where_it_starts() {
-        let mut recorder = Recorder::new(0x1000, false);
-        let progress = record(&mut recorder, &TURN, |_| false);
-        assert_eq!((progress, &recorder.rips[..]), (Progress::Loop, &TURN[..4]));
-    }
-
-    #[test]
-    fn what_leads_into_a_loop_is_left_out() {
-        let mut recorder = Recorder::new(0x1002, false);
-        let mut way = vec![0x1002, 0x1004];
-        way.extend(TURN);
-        let progress = record(&mut recorder, &way, |_| false);
-        assert_eq!((progress, &recorder.rips[..]), (Progress::Loop, &TURN[..4]));
-    }
-
-    #[test]
-    fn a_path_ends_where_a_loop_begins() {
-        let mut recorder = Recorder::new(0x1004, false);
-        let progress = record(&mut recorder, &[0x1004, 0x1006, 0x1007, 0x1000], |rip| {
-            rip == 0x1000
-        });
-        assert_eq!(progress, Progress::ToLoop);
-        assert_eq!(recorder.rips, [0x1004, 0x1006, 0x1007]);
-    }
-
-    #[test]
-    fn a_block_that_leads_to_a_loop_may_be_in_one_around_it() {
-        let mut recorder = Recorder::new(0x1000, false);
-        // Once through the inner loop, which begins at 0x1001, and back.
-        let way = [0x1000, 0x1001, 0x1002, 0x1004, 0x1006, 0x1007, 0x1000];
-        let progress = record(&mut recorder, &way, |rip| rip == 0x1001);
-        assert_eq!((progress, &recorder.rips[..]), (Progress::Loop, &way[..6]));
-    }
-
-    #[test]
-    fn a_loop_that_has_a_path_is_not_recorded_again() {
-        let mut recorder = Recorder::new(0x1002, false);
-        let progress = record(&mut recorder, &[0x1002, 0x1004, 0x1000], |rip| {
-            rip == 0x1000
-        });
-        assert_eq!(progress, Progress::Broken);
-    }
-
-    #[test]
-    fn an_interruption_breaks_it() {
-        let mut recorder = Recorder::new(0x1000, false);
-        recorder.note(&at(0x1000), 0x1001, |_| false);
-        let progress = recorder.note(&at(0x1002), 0x1004, |_| false);
-        assert_eq!(progress, Progress::Broken);
-    }
-
-    #[test]
-    fn it_is_not_longer_than_time_between_polls_may_be() {
-        let mut recorder = Recorder::new(0x1000, false);
-        let straight: Vec<u64> = (0..LONGEST as u64 + 1).collect();
-        let mut last = Progress::GoesOn;
-        let mut nop = at(0x1000);
-        for pair in straight.windows(2) {
-            nop.set_ip(0x1000 + pair[0]);
-            last = recorder.note(&nop, 0x1000 + pair[1], |_| false);
-        }
-        assert_eq!(last, Progress::TooLong);
-    }
-
-    #[test]
-    fn a_repeated_instruction_is_noted_once() {
-        let mut recorder = Recorder::new(0x1000, false);
-        for _ in 0..3 {
-            assert_eq!(
-                recorder.note(&at(0x1000), 0x1000, |_| false),
-                Progress::GoesOn
-            );
-        }
-        recorder.note(&at(0x1000), 0x1001, |_| false);
-        assert_eq!(recorder.rips, [0x1000]);
-    }
-
-    #[test]
-    fn places_become_hot_and_are_tried_a_few_times() {
-        let mut heat = Heat::default();
-        heat.note(0x1000, 1);
-        assert!(heat.take_wanted(0x1000, 1).is_none());
-        for attempt in 1..=ATTEMPTS {
-            heat.note(0x1000, 1);
-            assert!(heat.take_wanted(0x1000, 2).is_none());
-            let recorder = heat.take_wanted(0x1000, 1).unwrap();
-            assert_eq!(recorder.straight, attempt == ATTEMPTS);
-            assert!(heat.take_wanted(0x1000, 1).is_none());
-        }
-        heat.note(0x1000, 1);
-        assert!(heat.take_wanted(0x1000, 1).is_none());
-    }
-
-    #[test]
-    fn a_place_with_a_path_is_not_wanted_until_it_is_lost() {
-        let mut heat = Heat::default();
-        heat.add_head((0x1000, 1), true);
-        assert!(heat.is_loop((0x1000, 1)) && !heat.is_loop((0x1000, 2)));
-        for _ in 0..5 {
-            heat.note(0x1000, 1);
-        }
-        assert!(heat.take_wanted(0x1000, 1).is_none());
-        heat.lost(0x1000, 1);
-        heat.note(0x1000, 1);
-        assert!(heat.take_wanted(0x1000, 1).is_some());
-    }
-
-    #[test]
-    fn what_is_found_more_often_stays_counted() {
-        let mut heat = Heat::default();
-        heat.note(0x1000, 1);
-        // The same slot, once each.
-        heat.note(0x1000, 2);
-        heat.note(0x1000, 1);
-        heat.note(0x1000, 1);
-        assert!(heat.take_wanted(0x1000, 1).is_some());
     }
 }
