@@ -127,7 +127,8 @@ pub struct RunArguments {
     )]
     pub memory: Memory,
 
-    /// First serial line: this terminal, nothing, a file, or a Unix socket to listen at
+    /// First serial line: this terminal (standard input and output), nothing, a file, or a Unix
+    /// socket to listen at
     #[arg(
         long,
         value_name = "tty|null|file=PATH|socket=PATH",

@@ -16,7 +16,12 @@ const PATIENCE: Duration = Duration::from_secs(30);
 const EXAMPLE: &str = "\
 Example: watch a word of a machine that was started with --api-socket /tmp/vm.sock
   trapline ctl --api-socket /tmp/vm.sock watch-add name=flag gpa=0x5000-0x5008 access=rw
-  trapline ctl --api-socket /tmp/vm.sock watch-events";
+  trapline ctl --api-socket /tmp/vm.sock watch-events
+
+Exit status:
+  0          it is done, and the answer is printed
+  64         wrong usage
+  71         no machine answers, or it cannot do that now";
 
 /// Ask a running machine something, by its API socket.
 #[derive(Debug, Args)]

@@ -63,19 +63,13 @@ pub enum MachineError {
         remedy: &'static str,
         source: io::Error,
     },
-    /// An option asks for what this build does not have.
-    #[error("{what} is not available: {remedy}")]
-    Unsupported {
-        what: &'static str,
-        remedy: &'static str,
-    },
 }
 
 impl MachineError {
     /// Whose fault it is; decides the exit status.
     pub fn blame(&self) -> Blame {
         match self {
-            Self::Config(_) | Self::Unsupported { .. } => Blame::Usage,
+            Self::Config(_) => Blame::Usage,
             Self::Load(error) => error.blame(),
             Self::Host { .. } => Blame::Host,
         }
