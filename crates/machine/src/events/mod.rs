@@ -133,6 +133,8 @@ impl EventLog {
             file,
             ending,
             path: path.display().to_string(),
+            written: 0,
+            unwritten: vec![0; places.len()],
             stopped: None,
         };
         let head = text::head(&places);
@@ -234,6 +236,10 @@ struct Scribe {
     file: WholeFile,
     ending: Ending,
     path: String,
+    /// Events in the file.
+    written: u64,
+    /// Records of each track that are on their way into the file.
+    unwritten: Vec<u64>,
     stopped: Option<io::Error>,
 }
 
@@ -253,6 +259,13 @@ impl Scribe {
         while !self.recorder.finish.load(Acquire) {
             thread::park();
         }
+        if self.stopped.is_some() {
+            // What came before it was known that there is no more room.
+            self.drop_unwritten();
+            for ring in &self.recorder.rings {
+                ring.read(|_| ring.drop_one());
+            }
+        }
         let end = self.end_text();
         // On a device that failed nothing more can be done; it has been reported.
         let closed = self.file.close(&end);
@@ -260,7 +273,7 @@ impl Scribe {
             self.stop(error);
         }
         Written {
-            events: self.text.events,
+            events: self.written,
             stopped: self.stopped.as_ref().map(short),
         }
     }
@@ -274,6 +287,7 @@ impl Scribe {
             ring.read(|words| {
                 if let Some(event) = Event::from_words(words) {
                     self.text.add(track, event);
+                    self.unwritten[track] += 1;
                 }
                 if self.text.len() >= PIECE {
                     self.flush();
@@ -296,19 +310,30 @@ impl Scribe {
     fn end_text(&self) -> String {
         let dropped = self.recorder.dropped();
         self.ending
-            .text(self.text.events, &dropped, self.stopped.as_ref())
+            .text(self.written, &dropped, self.stopped.as_ref())
     }
 
     fn write(&mut self, text: &str) {
         if self.stopped.is_some() {
             return;
         }
+        let before = std::mem::replace(&mut self.written, self.text.events);
         let end = self.end_text();
         if let Err(error) = self.file.append(text, &end) {
+            self.written = before;
+            self.drop_unwritten();
             self.stop(error);
             let end = self.end_text();
             // What is there already is made whole; if not even that is possible, it stays.
             let _ = self.file.close(&end);
+        }
+        self.unwritten.fill(0);
+    }
+
+    /// Counts what is on its way into the file as dropped.
+    fn drop_unwritten(&mut self) {
+        for (ring, lost) in self.recorder.rings.iter().zip(&mut self.unwritten) {
+            ring.drop_some(std::mem::take(lost));
         }
     }
 
@@ -406,7 +431,9 @@ mod tests {
         }
         some_events(&trace);
         let facts = log.finish();
-        assert_eq!(facts["dropped"].as_u64(), Some(4));
+        assert_eq!(facts["written"].as_u64(), Some(0));
+        // Power-up among them, whether it came before the failure or after.
+        assert_eq!(facts["dropped"].as_u64(), Some(5));
         let stopped = facts["stopped"].as_str().unwrap();
         assert!(stopped.contains("No space"), "{stopped}");
     }

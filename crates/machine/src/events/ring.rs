@@ -91,7 +91,12 @@ impl Ring {
 
     /// Counts a record that was not kept.
     pub fn drop_one(&self) {
-        self.dropped.fetch_add(1, Relaxed);
+        self.drop_some(1);
+    }
+
+    /// Counts records that were not kept.
+    pub fn drop_some(&self, count: u64) {
+        self.dropped.fetch_add(count, Relaxed);
     }
 
     /// Records dropped since the beginning.
