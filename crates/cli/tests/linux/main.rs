@@ -34,8 +34,9 @@ fn counts(line: &str) -> Vec<u64> {
 
 /// All VCPUs are there, each one's timer interrupts, the clock is right, and the power goes off.
 fn boots(vcpus: u32) {
-    // Something that waits a moment on every VCPU needs that VCPU's timer.
-    let run = "echo VCPUS $(nproc); echo DATE $(date +%s); grep LOC: /proc/interrupts; \
+    // Something that waits a moment on every VCPU needs that VCPU's timer. The kernel's messages would
+    // come between the words of a line.
+    let run = "dmesg -n 1; echo VCPUS $(nproc); echo DATE $(date +%s); grep LOC: /proc/interrupts; \
                for c in $(seq 0 $(($(nproc) - 1))); do taskset -c $c sleep 0.05; done; sleep 2; \
                echo DATE $(date +%s); grep LOC: /proc/interrupts";
     let (status, said) = start(vcpus, run).end();
