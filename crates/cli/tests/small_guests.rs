@@ -47,7 +47,7 @@ fn texts(output: &Output) -> (String, String) {
 /// made some.
 fn passes_with(guest: &str, vcpus: u32, options: &[&str]) {
     let cpus = format!("boot={vcpus}");
-    let options = [&["--timeout", "120", "--cpus", &cpus], options].concat();
+    let options = [&["--timeout", "300", "--cpus", &cpus], options].concat();
     let output = run(guest, &options);
     let (out, err) = texts(&output);
     let context = || format!("{guest} with {vcpus} VCPUs:\n{out}{err}");
@@ -191,7 +191,7 @@ fn cross_mod_weakened(semantics: &str) -> (Option<i32>, String) {
     let semantics = format!("code={semantics}");
     let options = [
         "--timeout",
-        "120",
+        "300",
         "--cpus",
         "boot=3",
         "--trace-semantics",
