@@ -17,6 +17,7 @@ main64:
     call start_ticking
     mov $ROUNDS, %r15d
 1:  call led
+    call flagged
     call restored
     call overwritten
     call moving
@@ -85,6 +86,41 @@ led:
     mov $plus_2, %r14d
     call loop_led
     CHECK "the second elsewhere", sum, $13*TURNS
+    ret
+
+# The callee overwrites the flags, until another one reads those from before the loop.
+loop_flagged:
+    xor %ebx, %ebx
+    mov $TURNS, %ecx
+    mov $loop_flagged_turn, %esi
+    jmp 1f                      # so that what is made of this ends where the loop begins
+1:  bt $0, %r8d
+    jmp *%rsi
+loop_flagged_turn:
+    call *%rdi
+    dec %ecx                    # keeps the carry
+    jnz loop_flagged_turn
+    mov %rbx, sum
+    ret
+loop_flagged_1:
+    mov $plus_1, %edi
+    jmp loop_flagged
+plus_carry:
+    lea 1(%rbx), %ebx
+    jnc 1f
+    lea 2(%rbx), %ebx
+1:  ret
+flagged:
+    WARM loop_flagged_1
+    CHECK "no flags", sum, $TURNS
+    mov $plus_carry, %edi
+    mov $1, %r8d
+    call loop_flagged
+    CHECK "the flags of before", sum, $3*TURNS
+    mov $plus_carry, %edi
+    mov $0, %r8d
+    call loop_flagged
+    CHECK "other flags", sum, $TURNS
     ret
 
 # The register has its value again at the end of each turn, but another one at the call.

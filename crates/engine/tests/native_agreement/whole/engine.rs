@@ -58,9 +58,13 @@ pub fn features() -> Features {
     })
 }
 
+/// Aligned as the guest sees it: some operands must be.
+#[repr(align(4096))]
+struct CodePage([u8; PAGE]);
+
 struct Surroundings {
     memory: Box<Memory>,
-    code: Box<[u8; PAGE]>,
+    code: Box<CodePage>,
     backed: Backed,
 }
 
@@ -90,7 +94,11 @@ impl Environment for Surroundings {
             if access == Access::Write {
                 return Err(fault(page_fault::PRESENT).into());
             }
-            let host = self.code.as_mut_ptr().wrapping_add(linear as usize % PAGE);
+            let host = self
+                .code
+                .0
+                .as_mut_ptr()
+                .wrapping_add(linear as usize % PAGE);
             let backing = Backing::Ram(host);
             return Ok(Translation {
                 gpa: linear,
@@ -243,7 +251,7 @@ impl Engine {
             tlb: Tlb::default(),
             around: Surroundings {
                 memory: Box::default(),
-                code: Box::new([0xcc; PAGE]),
+                code: Box::new(CodePage([0xcc; PAGE])),
                 backed: Backed::Direct,
             },
             translator: match how {
@@ -284,7 +292,7 @@ impl Engine {
             // Look-ups miss again.
             self.tlb.flush_all();
         }
-        self.around.code[..CODE_BYTES].copy_from_slice(&case.code);
+        self.around.code.0[..CODE_BYTES].copy_from_slice(&case.code);
         self.around.memory.as_mut().clone_from(&case.memory);
         let cpu = &mut self.cpu;
         cpu.gpr = case.registers.gpr;
@@ -389,13 +397,13 @@ impl Engine {
 
     /// The instruction at an address of the run, to be stepped.
     fn single(&mut self, rip: u64) -> Option<Block> {
-        let bytes = &self.around.code[(rip - CODE) as usize..];
+        let bytes = &self.around.code.0[(rip - CODE) as usize..];
         let native = Some(&mut self.native);
         match decode(bytes, rip, Mode::Long64, &self.features, native, 1) {
             Ok(DecodeEnd::Block(block)) => Some(block),
             _ => {
                 self.drop_all();
-                let bytes = &self.around.code[(rip - CODE) as usize..];
+                let bytes = &self.around.code.0[(rip - CODE) as usize..];
                 let native = Some(&mut self.native);
                 match decode(bytes, rip, Mode::Long64, &self.features, native, 1) {
                     Ok(DecodeEnd::Block(block)) => Some(block),
@@ -430,7 +438,7 @@ impl Engine {
                     _ => behind && may_be_followed(op),
                 }
             });
-            let bytes = &self.around.code[(rip - CODE) as usize..];
+            let bytes = &self.around.code.0[(rip - CODE) as usize..];
             let decoded = decode(bytes, rip, Mode::Long64, &self.features, None, 1);
             let Ok(DecodeEnd::Block(Block { ops: one, .. })) = decoded else {
                 break;
@@ -593,7 +601,7 @@ impl Engine {
             let error = present | page_fault::FETCH | page_fault::USER;
             return Turn::Exception(Exception::page_fault(linear, error));
         }
-        let bytes = &self.around.code[(linear - CODE) as usize..];
+        let bytes = &self.around.code.0[(linear - CODE) as usize..];
         let left = u64::from(cs.limit) - self.cpu.rip.min(u64::from(cs.limit)) + 1;
         let limited = mode != Mode::Long64 && left < bytes.len() as u64;
         let bytes = if limited {
