@@ -21,7 +21,7 @@ pub struct Options {
     /// Measure so often, in turns, and take the medians
     #[arg(long, default_value_t = 3)]
     rounds: usize,
-    /// Virtual processors of the guests; one table for each number
+    /// Virtual processors of the guests, one table for each number: `--cpus 1,2`
     #[arg(long, default_values_t = [1, 2], value_delimiter = ',')]
     cpus: Vec<u8>,
     /// Draw the last table into this SVG file
@@ -127,7 +127,11 @@ fn measure(
                 .args(&options.rows),
         )
         .or_else(|_| project::output(Command::new(program).args(&options.rows)))?;
-        native.push(rates(&text));
+        let measured = rates(&text);
+        if let Some(unknown) = options.rows.iter().find(|row| !measured.contains_key(*row)) {
+            bail!("there is no row {unknown}; without names, all rows are measured");
+        }
+        native.push(measured);
         let work = format!("/bin/bench-trapline {}", options.rows.join(" "));
         for (command, many) in [("true", false), (work.trim(), true)] {
             let cmdline = format!("console=ttyS0 quiet trapline.run=\"{command}\"");
