@@ -1,4 +1,11 @@
 //! The global VMM: builds a machine from a configuration and coordinates its sub-VMMs.
+//!
+//! [`run`] is the way of a machine (machine.rs): it checks the [`config`], opens what it is to write,
+//! confines the process ([`seccomp`]), builds memory, devices and VCPUs, [`load`]s the kernel, starts
+//! a thread for each VCPU (vcpu_thread.rs) and waits for the end, whoever brings it about (ending.rs).
+//! A reset builds a new machine. [`StopHandle`] and [`Control`] reach into a machine that
+//! runs: for signals, the API socket and the monitor console; [`gdb`], [`watch`] and [`events`] show
+//! what happens in it.
 
 pub mod config;
 pub mod console;

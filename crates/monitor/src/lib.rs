@@ -1,7 +1,10 @@
 //! The sub-VMM of one VCPU: run loop, fault analysis, TLB fills, decoded code and its traces.
 //!
-//! - The run loop is [`vcpu::Vcpu::run`].
-//! - The way of a fault is in [`surroundings`]: TLB miss, page walk, sensed access, device.
+//! - The run loop is [`vcpu::Vcpu::run`]. It finds code or derives it (fetch.rs), steps it, or enters
+//!   its translation and does what that leaves for (translated.rs). What is executed often becomes a
+//!   path (path/). [`lockstep`] runs both engines and compares.
+//! - The way of a fault is in [`surroundings`]: TLB miss, [`shadow_pages`] or page walk, sensed
+//!   access, device. Exceptions are delivered by the run loop, through [`shadow_descriptors`].
 //! - The way of a notification: another VCPU's sensed access (or a device's) reaches this VCPU's
 //!   mailbox in the trace subsystem and raises its attention word; the run loop sees the word at an
 //!   instruction boundary, acknowledges, and applies the notice to

@@ -7,7 +7,7 @@
 //! execute one instruction. Guest registers live in host registers, guest flags in host flags, and
 //! the guest's vector registers in the host's as long as no helper runs.
 //!
-//! [`run`] executes translated code until it leaves, by a [`Site`] or because an instruction must
+//! [`run()`] executes translated code until it leaves, by a [`Site`] or because an instruction must
 //! be stepped. Branches within a page are linked directly ([`Translator::link`]); jumps to constant
 //! addresses on other pages go through cells, computed ones through jump tables, which live and die
 //! with the translations of their pages ([`crate::tlb`]).

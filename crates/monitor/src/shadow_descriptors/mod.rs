@@ -2,7 +2,7 @@
 //! task-state segments, decoded once and kept coherent by traces of kind `descriptor`
 //! (\[0036\] to \[0038\] of the seed).
 //!
-//! An entry has a trace on exactly its bytes, established before they are read ([`derive`]). A
+//! An entry has a trace on exactly its bytes, established before they are read ([`mod@derive`]). A
 //! notification *invalidates*: the entry is decoded again at its next use, under a trace that is
 //! established again, so that no semantics of the kind lets it read before the write.
 //!
