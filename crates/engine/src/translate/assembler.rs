@@ -48,6 +48,14 @@ impl Mem {
             displacement,
         }
     }
+    /// Two registers.
+    pub fn sum(base: u8, index: u8) -> Self {
+        Self {
+            base: Some(base),
+            index: Some((index, 0)),
+            displacement: 0,
+        }
+    }
     /// A field of the frame.
     pub fn field(offset: i32) -> Self {
         Self::base(reg::RSP, offset + SKEW)

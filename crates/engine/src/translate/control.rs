@@ -311,11 +311,7 @@ impl Emitter<'_> {
     fn push_flags(&mut self) {
         let at = self.locate(1, self.stack(-8, true));
         let a = &mut self.asm;
-        let sum = Mem {
-            base: Some(INDEX),
-            index: Some((COUNT, 0)),
-            displacement: 0,
-        };
+        let sum = Mem::sum(INDEX, COUNT);
         a.mov(COUNT, reg::RAX);
         a.flags_to_ax();
         a.store_ax(Mem::field(field::KEPT_FLAGS));

@@ -157,14 +157,7 @@ impl Emitter<'_> {
         let a = &mut self.asm;
         a.zero_extend16(INDEX, ADDRESS);
         a.load(COUNT, Mem::slot(jump_targets(table), INDEX));
-        a.lea(
-            COUNT,
-            Mem {
-                base: Some(COUNT),
-                index: Some((ADDRESS, 0)),
-                displacement: 0,
-            },
-        );
+        a.lea(COUNT, Mem::sum(COUNT, ADDRESS));
         a.unless_rcx_zero(|a| {
             a.jump(miss);
         });

@@ -265,14 +265,7 @@ impl Emitter<'_> {
     fn load_target(&mut self, next: u64) {
         self.load_immediate(INDEX);
         self.asm.mov_immediate(ADDRESS, next);
-        self.asm.lea(
-            ADDRESS,
-            Mem {
-                base: Some(ADDRESS),
-                index: Some((INDEX, 0)),
-                displacement: 0,
-            },
-        );
+        self.asm.lea(ADDRESS, Mem::sum(ADDRESS, INDEX));
     }
 }
 

@@ -94,14 +94,7 @@ impl Emitter<'_> {
                         field::GS_BASE
                     };
                     a.load(INDEX, Mem::field(field));
-                    a.lea(
-                        ADDRESS,
-                        Mem {
-                            base: Some(ADDRESS),
-                            index: Some((INDEX, 0)),
-                            displacement: 0,
-                        },
-                    );
+                    a.lea(ADDRESS, Mem::sum(ADDRESS, INDEX));
                 }
             }
         }
@@ -213,20 +206,16 @@ impl Emitter<'_> {
             a.zero_extend16(INDEX, INDEX);
         }
         if look.keep_flags && !parked {
-            let sum = |displacement| Mem {
-                base: Some(ADDRESS),
-                index: Some((COUNT, 0)),
-                displacement,
-            };
+            let sum = Mem::sum(ADDRESS, COUNT);
             a.load(COUNT, Mem::slot(pages, INDEX));
-            a.lea(ADDRESS, sum(0));
+            a.lea(ADDRESS, sum);
             a.lea(COUNT, Mem::base(ADDRESS, i32::from(look.size) - 1));
             a.page_number(COUNT, COUNT);
             a.unless_rcx_zero(|a| {
                 a.jump(miss);
             });
             a.load(COUNT, Mem::slot(hosts, INDEX));
-            a.lea(ADDRESS, sum(0));
+            a.lea(ADDRESS, sum);
         } else {
             a.add_mem(ADDRESS, Mem::slot(pages, INDEX));
             a.compare_immediate(ADDRESS, 4096 - i32::from(look.size));

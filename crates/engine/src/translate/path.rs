@@ -134,14 +134,7 @@ impl Emitter<'_> {
             Ok(difference) => a.lea(COUNT, Mem::base(register, difference)),
             Err(_) => {
                 a.mov_immediate(COUNT, value.wrapping_neg());
-                a.lea(
-                    COUNT,
-                    Mem {
-                        base: Some(COUNT),
-                        index: Some((register, 0)),
-                        displacement: 0,
-                    },
-                );
+                a.lea(COUNT, Mem::sum(COUNT, register));
             }
         }
         a.unless_rcx_zero(|a| {

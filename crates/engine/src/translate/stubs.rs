@@ -138,11 +138,7 @@ pub fn emit(a: &mut Assembler, host: Host) -> Option<Stubs> {
 /// changes.
 fn find_gap(a: &mut Assembler) {
     let none = a.label();
-    let sum = Mem {
-        base: Some(COUNT),
-        index: Some((ADDRESS, 0)),
-        displacement: 0,
-    };
+    let sum = Mem::sum(COUNT, ADDRESS);
     a.store(Mem::field(field::MISSED_KIND), COUNT);
     a.load_byte(INDEX, Mem::field(field::MISSED));
     a.load(ADDRESS, Mem::slot(gap_kinds(), INDEX));

@@ -85,6 +85,16 @@ fn ranges(spans: &[Span]) -> ([Range; 2], usize) {
     (ranges, spans.len().min(2))
 }
 
+/// An access by the instruction at `rip`.
+fn touch(vcpu: VcpuId, rip: u64, ranges: &[Range], sense: Sense) -> Touch<'_> {
+    Touch {
+        actor: Actor::Vcpu(vcpu),
+        rip: Some(rip),
+        ranges,
+        sense,
+    }
+}
+
 fn sense(access: Access) -> Sense {
     match access {
         Access::Write => Sense::WRITE,
@@ -248,12 +258,7 @@ impl Environment for Surroundings {
         self.exits.sensed += 1;
         let (ranges, pieces) = ranges(spans);
         let vcpu = self.vcpu;
-        let touch = Touch {
-            actor: Actor::Vcpu(vcpu),
-            rip: Some(rip),
-            ranges: &ranges,
-            sense: sense(access),
-        };
+        let touch = touch(vcpu, rip, &ranges, sense(access));
         let mut announced = std::mem::take(&mut self.announced);
         let (trace, mut derived) = self.derived(tlb);
         let memory = derived.memory;
@@ -317,12 +322,7 @@ impl Environment for Surroundings {
         self.exits.split_locks += 1;
         let (ranges, pieces) = ranges(spans);
         let vcpu = self.vcpu;
-        let touch = Touch {
-            actor: Actor::Vcpu(vcpu),
-            rip: Some(rip),
-            ranges: &ranges,
-            sense: Sense::BOTH,
-        };
+        let touch = touch(vcpu, rip, &ranges, Sense::BOTH);
         let (trace, mut derived) = self.derived(tlb);
         let memory = derived.memory;
         trace
